@@ -1,0 +1,314 @@
+"""Finds the places a regularizer acts on, and sees what passes there: the only code that hooks or patches.
+
+Two roles so far. ``mlp_hidden`` is the input of an MLP's down-projection, so the gated product where there is a gate,
+taken by a forward pre-hook. ``attention`` is caught where it is computed: while a training batch is in flight,
+``F.scaled_dot_product_attention`` and ``softmax`` are replaced, in every spelling, by versions that look at the
+innermost module running and, if a regularizer wants it, show the queries and keys, or the scores, to the engine.
+Hooks are module-level functions that read the ``Site`` stored on the module: nothing about a site is baked into
+compiled code, so compiled blocks still share it.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor, nn
+
+from lightning_reg.functional.attention_entropy import entropy_tap, scores_tap
+
+if TYPE_CHECKING:
+    from lightning_reg.engine import Engine, Tap
+
+Target = Union[str, type, Callable[[str, nn.Module], bool]]
+Targets = Union[Target, Sequence[Target], None]
+
+SITE = "_lightning_reg_site"
+_ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
+_ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
+_ATTENTION_PATH = re.compile(r"(^|\.)(\w*_)?(attn|attention|mha)(\.|$)", re.IGNORECASE)
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def match_targets(targets: Targets, modules: dict[str, nn.Module], argument: str = "targets") -> set[str]:
+    """Names of the modules that ``targets`` selects.
+
+    Args:
+        targets: A regular expression that must match a whole name or a dotted ending of it (``fc2`` selects every
+            ``...fc2``), a module type, a predicate on (name, module), or a sequence of these.
+        modules: Candidates by qualified name.
+        argument: Name of the argument, for messages.
+
+    Raises:
+        ValueError: If an entry selects nothing; the message lists near names.
+        TypeError: If an entry is none of the kinds.
+    """
+    entries = [targets] if isinstance(targets, (str, type)) or callable(targets) else list(targets or [])
+    if not entries:
+        raise ValueError(f"`{argument}` must not be empty; leave it out for automatic discovery.")
+    selected: set[str] = set()
+    for entry in entries:
+        found = {name for name, module in modules.items() if _selects(entry, name, module, argument)}
+        if not found:
+            raise ValueError(
+                f"`{argument}` entry {_describe_target(entry)} matches no module. {_near_names(entry, modules)}"
+            )
+        selected |= found
+    return selected
+
+
+def _selects(entry: Target, name: str, module: nn.Module, argument: str) -> bool:
+    if isinstance(entry, str):
+        try:
+            return re.fullmatch(rf"(?:.*\.)?(?:{entry})", name) is not None
+        except re.error as error:
+            raise ValueError(f"`{argument}` entry {entry!r} is not a valid regular expression: {error}.") from error
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    if callable(entry):
+        return bool(entry(name, module))
+    raise TypeError(f"`{argument}` must hold strings, types or predicates, got {entry!r} of {type(entry).__name__}.")
+
+
+def _describe_target(entry: Target) -> str:
+    return repr(entry) if isinstance(entry, str) else getattr(entry, "__qualname__", repr(entry))
+
+
+def _near_names(entry: Target, modules: dict[str, nn.Module]) -> str:
+    names = [name for name in modules if name]
+    wanted = _describe_target(entry).strip("'")
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.4)
+    near = near or difflib.get_close_matches(wanted, [type(module).__name__ for module in modules.values()], n=3)
+    shown = near or names[:5]
+    return f"Near names: {', '.join(dict.fromkeys(shown))}." if shown else "The model has no modules."
+
+
+# --- discovery -------------------------------------------------------------------------------------------------------
+
+
+def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """``(in, out)`` features of a linear map, also GPT-2's ``Conv1D`` and a 1x1 convolution; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).dim() == 2:
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
+        return module.in_channels, module.out_channels
+    return None
+
+
+def find_down_projections(root: nn.Module) -> list[str]:
+    """Names of MLP down-projections: a wide-to-narrow map preceded, in the same block, by the matching narrow-to-wide.
+
+    The same block means a common parent or grandparent; a fused gate and up projection counts with half its width.
+    Projections of attention are left out by the names of their parents.
+    """
+    sizes = {name: size for name, module in root.named_modules() if (size := projection_sizes(module))}
+    found, earlier = [], []
+    for name, (wide, narrow) in sizes.items():
+        parents = [name.rpartition(".")[0]]
+        parents.append(parents[0].rpartition(".")[0] if "." in parents[0] else parents[0])
+        local = name[len(parents[1]) :]
+        ups = (up for up, (i, o) in earlier if i == narrow and o in (wide, 2 * wide) and _inside(up, parents[1]))
+        if wide > narrow and not _ATTENTION_PATH.search(local) and any(ups):
+            found.append(name)
+        earlier.append((name, sizes[name]))
+    return found
+
+
+def _inside(name: str, parent: str) -> bool:
+    return not parent or name.startswith(parent + ".")
+
+
+def attention_candidates(root: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose own forward may compute attention: every module that is not a plain torch layer."""
+    return {
+        name: module
+        for name, module in root.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        or not (type(module).__module__.startswith("torch.nn.") or isinstance(module, torchmetrics.Metric))
+    }
+
+
+# --- sites -----------------------------------------------------------------------------------------------------------
+
+
+class Site:
+    """A module some regularizer looks at: its taps by role. A deep copy of the module (an averaged model) gets none."""
+
+    def __init__(self, name: str, module: nn.Module, engine: "Engine") -> None:
+        self.name, self.label = name, name or type(module).__name__
+        self.engine: Engine | None = engine
+        self.attention: list[Tap] = []
+        self.hidden: list[Tap] = []
+        self.explicit = False  # the user named it: any softmax in its forward is attention
+        self.path = f"{name} {type(module).__name__}"
+
+    def __deepcopy__(self, memo: dict) -> "Site":
+        copy = Site.__new__(Site)
+        copy.__dict__.update(self.__dict__, engine=None, attention=[], hidden=[])
+        return copy
+
+    def __reduce__(self) -> tuple:
+        return _no_site, ()
+
+    def takes_softmax(self, scores: Tensor, dim: int) -> bool:
+        """Whether a softmax in this module's forward is attention rather than class probabilities or routing."""
+        if self.explicit:
+            return True
+        if _ROUTER_NAME.search(self.path):
+            return False
+        return (scores.dim() >= 4 and dim in (-1, scores.dim() - 1)) or bool(_ATTENTION_NAME.search(self.path))
+
+
+def _no_site() -> None:
+    return None
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site stored on a module, if any."""
+    return module.__dict__.get(SITE)
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    getattr(module, SITE).engine.scope.append(module)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    scope = getattr(module, SITE).engine.scope
+    if scope:
+        scope.pop()
+
+
+def _show_hidden(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    site = getattr(module, SITE)
+    if site.engine is None or not module.training:
+        return None
+    if args:
+        return (site.engine.observe_hidden(site, args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: site.engine.observe_hidden(site, kwargs[name])}
+
+
+def attach_hooks(sites: Iterable[tuple[nn.Module, Site]]) -> list[Any]:
+    """Hook every site; the handles undo it."""
+    handles = []
+    for module, site in sites:
+        if site.attention:
+            handles.append(module.register_forward_pre_hook(_enter))
+            # also on exceptions: a checkpoint stops its recomputation by raising
+            handles.append(module.register_forward_hook(_leave, always_call=True))
+        if site.hidden:
+            handles.append(module.register_forward_pre_hook(_show_hidden, with_kwargs=True))
+    return handles
+
+
+# --- attention, where it is computed ---------------------------------------------------------------------------------
+
+# what stood there when watching began: another library may have replaced them before
+_sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+_f_softmax: Callable[..., Tensor] = F.softmax
+_torch_softmax: Callable[..., Tensor] = torch.softmax
+_tensor_softmax: Callable[..., Tensor] = Tensor.softmax
+_active: list["Engine"] = []
+
+
+def _current_site() -> Site | None:
+    """The site of the innermost module running, or None when no regularizer wants its attention."""
+    if not _active:
+        return None
+    scope = _active[-1].scope
+    if scope:
+        module = scope[-1]
+    elif torch.compiler.is_compiling():
+        return None
+    else:
+        module = _module_on_stack()
+    if module is None or not module.training:
+        return None
+    site = getattr(module, SITE, None)
+    return site if site is not None and site.attention else None
+
+
+def _module_on_stack() -> nn.Module | None:
+    """Innermost module with a site among the callers: for a forward that was entered past ``__call__``."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and site_of(owner) is not None:
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    site = _current_site()
+    if site is not None and site.engine is not None:
+        query, key, attn_mask = site.engine.observe_attention(
+            site, query, key, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _sdpa(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa,
+    )  # fmt: skip
+
+
+def _watched_softmax(original: Callable[..., Tensor], scores: Tensor, dim: int | None, args: tuple, kwargs: dict) -> Tensor:
+    site = _current_site() if dim is not None and torch.is_floating_point(scores) else None
+    if site is None or site.engine is None or not site.takes_softmax(scores, dim):
+        return original(scores, dim, *args, **kwargs)
+    dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+    return site.engine.observe_scores(site, scores, dim, dtype)
+
+
+def _functional_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    return _watched_softmax(_f_softmax, input, dim, (), {"dtype": dtype})
+
+
+def _torch_softmax_watched(input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    return _watched_softmax(_torch_softmax, input, dim, args, kwargs)
+
+
+def _tensor_softmax_watched(self: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    return _watched_softmax(_tensor_softmax, self, dim, args, kwargs)
+
+
+def watch_attention(engine: "Engine") -> None:
+    """Replace the attention functions until ``unwatch_attention``."""
+    global _sdpa, _f_softmax, _torch_softmax, _tensor_softmax
+    if engine in _active:
+        return
+    if not _active:
+        _sdpa, _f_softmax, _torch_softmax = F.scaled_dot_product_attention, F.softmax, torch.softmax
+        _tensor_softmax = Tensor.softmax
+        F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+        F.softmax, torch.softmax = _functional_softmax, _torch_softmax_watched  # type: ignore[assignment]
+        Tensor.softmax = _tensor_softmax_watched  # type: ignore[method-assign, assignment]
+    _active.append(engine)
+
+
+def unwatch_attention(engine: "Engine") -> None:
+    """Put the attention functions back; no-op when they are not replaced."""
+    if engine not in _active:
+        return
+    _active.remove(engine)
+    if not _active:
+        F.scaled_dot_product_attention = _sdpa  # type: ignore[assignment]
+        F.softmax, torch.softmax = _f_softmax, _torch_softmax  # type: ignore[assignment]
+        Tensor.softmax = _tensor_softmax  # type: ignore[method-assign, assignment]

@@ -1,0 +1,6 @@
+"""Functionals with a sign and a reduction: modules on explicit tensors, always minimised."""
+
+from lightning_reg.losses.activation_density import ActivationDensityLoss
+from lightning_reg.losses.attention_entropy import AttentionEntropyLoss
+
+__all__ = ["ActivationDensityLoss", "AttentionEntropyLoss"]

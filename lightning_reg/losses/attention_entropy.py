@@ -1,0 +1,165 @@
+"""Attention entropy as a loss: the objective, the sign and the reduction. The quantity is `functional.attention_entropy`."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_reg.functional.attention_entropy import (
+    attention_entropy_from_probs,
+    check_top_k,
+    entropy_tap,
+    normalize_entropy,
+    scores_tap,
+)
+
+Objective = Literal["maximize", "minimize", "floor", "ceiling", "band", "target"]
+OBJECTIVES = ("maximize", "minimize", "floor", "ceiling", "band", "target")
+LEVELS = ("query", "head", "site")
+
+
+class AttentionEntropyLoss(nn.Module):
+    """Penalty on the entropy of attention rows, always to be minimised.
+
+    ============  ==========================================  =====================
+    objective     penalty of an entropy H                      ``bound``
+    ============  ==========================================  =====================
+    ``maximize``  ``-H`` (AEM)                                 none
+    ``minimize``  ``H``                                        none
+    ``floor``     ``max(0, bound - H)``                        number
+    ``ceiling``   ``max(0, H - bound)``                        number
+    ``band``      floor at the first, ceiling at the second    pair (low, high)
+    ``target``    ``(H - bound)^2``                            number
+    ============  ==========================================  =====================
+
+    Args:
+        objective: What to do with the entropy.
+        normalize: Divide by log(visible keys); rows that see fewer than two keys are left out. Otherwise nats, and
+            rows that see no key are left out.
+        bound: Threshold of ``floor``, ``ceiling``, ``band`` and ``target``, in the unit chosen by ``normalize``.
+        level: Average the entropy over batch and queries (``head``), also over heads (``site``), or not at all
+            (``query``) before the objective applies. The choice matters for the non-linear objectives only; at
+            ``query`` the penalty is a mean over rows and so exact under gradient accumulation and DDP.
+        top_k: Keep the ``top_k`` largest scores of a row (AEM's top-k form).
+
+    Example:
+        >>> loss = AttentionEntropyLoss("maximize")
+        >>> loss(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4))  # uniform attention cannot be improved
+        tensor(-1.)
+    """
+
+    def __init__(
+        self,
+        objective: Objective = "maximize",
+        *,
+        normalize: bool = True,
+        bound: float | Sequence[float] | None = None,
+        level: Literal["query", "head", "site"] = "query",
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {', '.join(OBJECTIVES)}, got {objective!r}.")
+        if level not in LEVELS:
+            raise ValueError(f"`level` must be one of {', '.join(LEVELS)}, got {level!r}.")
+        self.objective, self.normalize, self.level = objective, normalize, level
+        self.bound = _check_bound(objective, bound, normalize)
+        self.top_k = check_top_k(top_k)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Penalty of the attention of ``query`` (batch, heads, queries, dim) to ``key``; a scalar."""
+        *_, entropy, visible = entropy_tap(
+            query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=self.top_k
+        )
+        return self.reduce(entropy, visible)[0]
+
+    def from_scores(self, scores: Tensor, *, mask: Tensor | None = None, dim: int = -1) -> Tensor:
+        """Penalty of attention scores before softmax, keys along ``dim``, mask True = visible; a scalar."""
+        _, entropy, visible = scores_tap(scores, mask=mask, dim=dim, top_k=self.top_k)
+        return self.reduce(entropy, visible)[0]
+
+    def from_probs(self, probs: Tensor, *, mask: Tensor | None = None, dim: int = -1) -> Tensor:
+        """Penalty of attention probabilities, keys along ``dim``, mask True = visible; a scalar."""
+        if self.top_k is not None:
+            raise ValueError(f"`top_k={self.top_k}` needs scores: use `from_scores`.")
+        entropy = attention_entropy_from_probs(probs, mask=mask, dim=dim)
+        visible = torch.ones_like(probs, dtype=torch.bool) if mask is None else mask.expand(probs.shape)
+        return self.reduce(entropy, visible.sum(dim))[0]
+
+    def reduce(self, entropy: Tensor, visible: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Penalty and mean entropy of rows.
+
+        Args:
+            entropy: Entropy in nats, (batch, heads, queries) or any shape.
+            visible: Visible keys of each row, same shape.
+            valid: Rows to count, broadcastable to ``entropy``; rows without a choice of keys never count.
+
+        Returns:
+            ``(penalty, value)``, scalars: what to minimise, and the mean entropy in the chosen unit, detached. Both
+            are 0 when no row is valid.
+        """
+        counted = visible > (1 if self.normalize else 0)
+        if valid is not None:
+            counted = counted & valid
+        if self.normalize:
+            entropy = normalize_entropy(entropy, visible)
+        value = masked_mean(entropy.detach(), counted, "site")
+        if self.objective == "maximize":
+            return -masked_mean(entropy, counted, "site"), value
+        if self.objective == "minimize":
+            return masked_mean(entropy, counted, "site"), value
+        if self.level == "query":
+            return masked_mean(self._hinge(entropy), counted, "site"), value
+        return self._hinge(masked_mean(entropy, counted, self.level)).mean(), value
+
+    def extra_repr(self) -> str:
+        """Arguments, as torch prints modules."""
+        bound = "" if self.bound is None else f", bound={self.bound}"
+        return f"{self.objective!r}, normalize={self.normalize}{bound}, level={self.level!r}, top_k={self.top_k}"
+
+    def _hinge(self, entropy: Tensor) -> Tensor:
+        if self.objective == "target":
+            return (entropy - self.bound).square()
+        low = self.bound[0] if self.objective == "band" else self.bound
+        high = self.bound[1] if self.objective == "band" else self.bound
+        below, above = (low - entropy).relu(), (entropy - high).relu()
+        return {"floor": below, "ceiling": above, "band": below + above}[self.objective]
+
+
+def masked_mean(entropy: Tensor, counted: Tensor, level: str) -> Tensor:
+    """Mean of the counted rows of (batch, heads, queries): of all (``site``) or for each head (``head``)."""
+    axes = [axis for axis in range(entropy.dim()) if level == "site" or axis != entropy.dim() - 2]
+    if entropy.dim() == 0 or not axes:
+        return entropy * counted
+    return torch.where(counted, entropy, 0.0).sum(axes) / counted.sum(axes).clamp_min(1)
+
+
+def _check_bound(objective: str, bound: float | Sequence[float] | None, normalize: bool) -> float | tuple[float, ...] | None:
+    if objective in ("maximize", "minimize"):
+        if bound is not None:
+            raise ValueError(f"`bound` has no meaning for objective {objective!r}, got {bound}; leave it out.")
+        return None
+    wanted = "a pair (low, high)" if objective == "band" else "a number"
+    count = 2 if objective == "band" else 1
+    numbers = (
+        None
+        if bound is None
+        else (float(bound),)
+        if isinstance(bound, (int, float))
+        else tuple(float(number) for number in bound)
+    )
+    if numbers is None or len(numbers) != count or any(number < 0 for number in numbers) or sorted(numbers) != list(numbers):
+        raise ValueError(f"`bound` of objective {objective!r} must be {wanted} >= 0, got {bound}.")
+    if normalize and numbers[-1] > 1:
+        raise ValueError(f"`bound` of a normalised entropy must be <= 1, got {bound}; set `normalize=False` for nats.")
+    return numbers if objective == "band" else numbers[0]

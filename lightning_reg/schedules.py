@@ -1,0 +1,167 @@
+"""Strength of a regularizer as a function of training progress.
+
+A schedule returns a factor that multiplies the callback's ``weight``. Times are optimizer steps when given as ``int``
+and fractions of the whole training when given as ``float``: ``duration=500`` is 500 steps, ``duration=0.5`` half the
+training. Outside its interval a schedule holds its end values. A schedule has no state of its own: its value follows
+from the trainer's step, which the checkpoint restores, so a resumed run continues it exactly.
+"""
+
+import bisect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class Schedule(ABC):
+    """Base of all schedules: a pure function of the optimizer step."""
+
+    @abstractmethod
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """Factor at ``step``.
+
+        Args:
+            step: Optimizer steps taken so far, >= 0.
+            total_steps: Optimizer steps of the whole training; needed when a time is a fraction.
+
+        Raises:
+            ValueError: If a fraction is used and ``total_steps`` is unknown.
+        """
+
+
+class Constant(Schedule):
+    """The same factor throughout.
+
+    Args:
+        value: The factor, >= 0.
+
+    Example:
+        >>> Constant(0.5)(1000)
+        0.5
+    """
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = _check_factor("value", value)
+
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """Factor at ``step``."""
+        return self.value
+
+
+class _Ramp(Schedule):
+    """From ``start`` to ``end`` between ``begin`` and ``begin + duration``, along a curve of progress in [0, 1]."""
+
+    def __init__(
+        self, start: float = 1.0, end: float = 0.0, begin: int | float = 0, duration: int | float = 1.0
+    ) -> None:
+        self.start, self.end = _check_factor("start", start), _check_factor("end", end)
+        self.begin, self.duration = _check_time("begin", begin), _check_time("duration", duration)
+        if self.duration == 0:
+            raise ValueError("`duration` must be > 0, got 0; use `Constant` for a factor that does not change.")
+
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """Factor at ``step``."""
+        begin = _in_steps("begin", self.begin, total_steps)
+        progress = (step - begin) / _in_steps("duration", self.duration, total_steps)
+        if progress >= 1:
+            return self.end
+        return self.start + (self.end - self.start) * self._curve(max(0.0, progress))
+
+    def _curve(self, progress: float) -> float:
+        raise NotImplementedError
+
+
+class Linear(_Ramp):
+    """Straight line, for instance a warm-up with ``Linear(0.0, 1.0, duration=0.1)``.
+
+    Args:
+        start: Factor before and at ``begin``.
+        end: Factor from ``begin + duration`` on.
+        begin: Steps (int) or fraction of training (float).
+        duration: Steps (int) or fraction of training (float).
+
+    Example:
+        >>> Linear(0.0, 1.0, duration=10)(5)
+        0.5
+    """
+
+    def _curve(self, progress: float) -> float:
+        return progress
+
+
+class Cosine(_Ramp):
+    """Half a cosine: AEM's weight annealing, per optimizer step, with the default ``start`` 1 and ``end`` 0.
+
+    ``end + (start - end) * (1 + cos(pi * progress)) / 2``.
+
+    Args:
+        start: Factor before and at ``begin``.
+        end: Factor from ``begin + duration`` on.
+        begin: Steps (int) or fraction of training (float).
+        duration: Steps (int) or fraction of training (float).
+
+    Example:
+        >>> round(Cosine()(25, total_steps=100), 4)
+        0.8536
+    """
+
+    def _curve(self, progress: float) -> float:
+        return (1 - math.cos(math.pi * progress)) / 2
+
+
+class MultiStep(Schedule):
+    """Piecewise constant.
+
+    Args:
+        milestones: Increasing times at which the factor changes, steps (int) or fractions (float).
+        values: Factors, one more than ``milestones``; ``values[0]`` holds before the first milestone.
+
+    Example:
+        >>> schedule = MultiStep([100, 200], [0.0, 0.5, 1.0])
+        >>> [schedule(step) for step in (0, 99, 100, 200)]
+        [0.0, 0.0, 0.5, 1.0]
+    """
+
+    def __init__(self, milestones: Sequence[float], values: Sequence[float]) -> None:
+        self.milestones = [_check_time("milestones", time) for time in milestones]
+        self.values = [_check_factor("values", value) for value in values]
+        if not self.milestones:
+            raise ValueError("`milestones` must not be empty; use `Constant` for a factor that does not change.")
+        if len(self.values) != len(self.milestones) + 1:
+            raise ValueError(
+                f"`values` must have one entry more than `milestones`, got {len(self.values)} for "
+                f"{len(self.milestones)} milestones."
+            )
+        if len({type(time) for time in self.milestones}) > 1 or any(
+            a >= b for a, b in zip(self.milestones, self.milestones[1:])
+        ):
+            raise ValueError(f"`milestones` must increase and be all steps or all fractions, got {self.milestones}.")
+
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """Factor at ``step``."""
+        times = [_in_steps("milestones", time, total_steps) for time in self.milestones]
+        return self.values[bisect.bisect_right(times, step)]
+
+
+def _check_factor(name: str, value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
+    return float(value)
+
+
+def _check_time(name: str, time: float) -> int | float:
+    if isinstance(time, bool) or not isinstance(time, (int, float)) or not time >= 0:
+        raise ValueError(f"`{name}` must be >= 0, an int for steps or a float for a fraction of training, got {time!r}.")
+    if isinstance(time, float) and time > 1:
+        raise ValueError(f"`{name}` as a fraction of training must be <= 1, got {time}; write {int(time)} for steps.")
+    return time
+
+
+def _in_steps(name: str, time: int | float, total_steps: int | None) -> float:
+    if isinstance(time, int):
+        return time
+    if total_steps is None:
+        raise ValueError(
+            f"`{name}={time}` is a fraction of training, but the number of training steps is unknown: set "
+            "`max_steps` or `max_epochs` of the Trainer (`total_steps` of `regularize`), or give steps as an int."
+        )
+    return time * total_steps
