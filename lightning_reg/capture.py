@@ -11,16 +11,13 @@ compiled code, so compiled blocks still share it.
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
-
-from lightning_reg.functional.attention_entropy import entropy_tap, scores_tap
 
 if TYPE_CHECKING:
     from lightning_reg.engine import Engine, Tap
@@ -31,6 +28,8 @@ Targets = Union[Target, Sequence[Target], None]
 SITE = "_lightning_reg_site"
 _ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+_WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "CheckpointWrapper")
 _ATTENTION_PATH = re.compile(r"(^|\.)(\w*_)?(attn|attention|mha)(\.|$)", re.IGNORECASE)
 
 
@@ -97,11 +96,16 @@ def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
     """``(in, out)`` features of a linear map, also GPT-2's ``Conv1D`` and a 1x1 convolution; None for anything else."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).dim() == 2:
-        return module.weight.shape[0], module.weight.shape[1]
+    if is_conv1d(module):
+        return module.nx, module.nf
     if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
         return module.in_channels, module.out_channels
     return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's linear map with a transposed weight, without importing transformers."""
+    return any(cls.__name__ == "Conv1D" and "transformers" in cls.__module__ for cls in type(module).__mro__)
 
 
 def find_down_projections(root: nn.Module) -> list[str]:
@@ -110,7 +114,7 @@ def find_down_projections(root: nn.Module) -> list[str]:
     The same block means a common parent or grandparent; a fused gate and up projection counts with half its width.
     Projections of attention are left out by the names of their parents.
     """
-    sizes = {name: size for name, module in root.named_modules() if (size := projection_sizes(module))}
+    sizes = {name: size for name, module in named_modules(root).items() if (size := projection_sizes(module))}
     found, earlier = [], []
     for name, (wide, narrow) in sizes.items():
         parents = [name.rpartition(".")[0]]
@@ -131,10 +135,33 @@ def attention_candidates(root: nn.Module) -> dict[str, nn.Module]:
     """Modules whose own forward may compute attention: every module that is not a plain torch layer."""
     return {
         name: module
-        for name, module in root.named_modules()
+        for name, module in named_modules(root).items()
         if isinstance(module, nn.MultiheadAttention)
-        or not (type(module).__module__.startswith("torch.nn.") or isinstance(module, torchmetrics.Metric))
+        or not (_own_class(module).__module__.startswith("torch.") or isinstance(module, torchmetrics.Metric))
     }
+
+
+def named_modules(root: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the name a user wrote: without the wrappers that compile, sharding and checkpointing put between."""
+    return {
+        _WRAPPERS.sub("", name): module
+        for name, module in root.named_modules()
+        if type(module).__name__ not in _WRAPPER_CLASSES and ".parametrizations." not in name
+    }
+
+
+def _own_class(module: nn.Module) -> type:
+    """Class of a module before a parametrization or sharding replaced it by a subclass."""
+    replaced = ("torch.nn.utils.parametrize", "torch.distributed.")
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(replaced))
+
+
+def padding_free(shown: Tensor, rows: int) -> Tensor | None:
+    """Queries that are no padding, (batch, heads, queries), from the keys each query sees (batch, heads, queries, keys).
+
+    In self-attention a token that no query sees is padding, so its own row does not count either. None if unknown.
+    """
+    return shown.any(-2) if shown.dim() > 1 and shown.shape[-1] == rows else None
 
 
 # --- sites -----------------------------------------------------------------------------------------------------------
@@ -183,30 +210,31 @@ def _enter(module: nn.Module, args: Any) -> None:
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     scope = getattr(module, SITE).engine.scope
-    if scope:
-        scope.pop()
+    # an exception on the way leaves inner modules behind
+    while scope and scope.pop() is not module:
+        pass
 
 
-def _show_hidden(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _show_hidden(module: nn.Module, args: tuple) -> tuple | None:
     site = getattr(module, SITE)
-    if site.engine is None or not module.training:
+    if not args or site.engine is None or not module.training or not site.hidden:
         return None
-    if args:
-        return (site.engine.observe_hidden(site, args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: site.engine.observe_hidden(site, kwargs[name])}
+    return (site.engine.observe_hidden(site, args[0]), *args[1:])
 
 
 def attach_hooks(sites: Iterable[tuple[nn.Module, Site]]) -> list[Any]:
-    """Hook every site; the handles undo it."""
+    """Hook every site; the handles undo it.
+
+    Plain hooks only: ``always_call`` and ``with_kwargs`` bake the number of a hook into compiled code, and blocks that
+    could share it would be compiled one by one.
+    """
     handles = []
     for module, site in sites:
         if site.attention:
             handles.append(module.register_forward_pre_hook(_enter))
-            # also on exceptions: a checkpoint stops its recomputation by raising
-            handles.append(module.register_forward_hook(_leave, always_call=True))
+            handles.append(module.register_forward_hook(_leave))
         if site.hidden:
-            handles.append(module.register_forward_pre_hook(_show_hidden, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(_show_hidden))
     return handles
 
 
@@ -220,21 +248,27 @@ _tensor_softmax: Callable[..., Tensor] = Tensor.softmax
 _active: list["Engine"] = []
 
 
-def _current_site() -> Site | None:
+def _current_site(softmax: bool = False) -> Site | None:
     """The site of the innermost module running, or None when no regularizer wants its attention."""
     if not _active:
         return None
     scope = _active[-1].scope
-    if scope:
-        module = scope[-1]
-    elif torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_compiling() or (scope and not in_backward()):
+        module = scope[-1] if scope else None
+        entered = True
     else:
         module = _module_on_stack()
-    if module is None or not module.training:
+        entered = in_backward()
+    site = None if module is None or not module.training else getattr(module, SITE, None)
+    if site is None or not site.attention:
         return None
-    site = getattr(module, SITE, None)
-    return site if site is not None and site.attention else None
+    # a softmax written in training_step itself is a prediction, unless the user named the LightningModule
+    return None if softmax and not (entered or site.name or site.explicit) else site
+
+
+def in_backward() -> bool:
+    """Whether a checkpointed forward is being repeated inside backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _module_on_stack() -> nn.Module | None:
@@ -270,7 +304,7 @@ def _attention(
 
 
 def _watched_softmax(original: Callable[..., Tensor], scores: Tensor, dim: int | None, args: tuple, kwargs: dict) -> Tensor:
-    site = _current_site() if dim is not None and torch.is_floating_point(scores) else None
+    site = _current_site(softmax=True) if dim is not None and torch.is_floating_point(scores) else None
     if site is None or site.engine is None or not site.takes_softmax(scores, dim):
         return original(scores, dim, *args, **kwargs)
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)

@@ -16,6 +16,7 @@ from lightning_reg.functional.attention_entropy import (
 
 Objective = Literal["maximize", "minimize", "floor", "ceiling", "band", "target"]
 OBJECTIVES = ("maximize", "minimize", "floor", "ceiling", "band", "target")
+Level = Literal["query", "head", "site"]
 LEVELS = ("query", "head", "site")
 
 
@@ -55,7 +56,7 @@ class AttentionEntropyLoss(nn.Module):
         *,
         normalize: bool = True,
         bound: float | Sequence[float] | None = None,
-        level: Literal["query", "head", "site"] = "query",
+        level: Level = "query",
         top_k: int | None = None,
     ) -> None:
         super().__init__()

@@ -1,0 +1,578 @@
+"""Collects the penalties of all regularizers of a model and joins them to the loss.
+
+One engine for each model. While a training batch is in flight its sites are hooked; each time the model computes there,
+the regularizers' taps see it (``capture.py``) and leave a penalty. ``join`` adds ``weight * mean(penalties)`` to the
+loss, and autograd does the rest: gradient accumulation, loss scaling, clipping and data parallelism see one loss.
+
+Activation checkpointing needs care. Its non-reentrant kind records the forward as usual and repeats it in backward,
+where the taps must run again but not collect. Its reentrant kind runs the forward without gradient, inside an autograd
+Function: the penalty's value counts, but its gradient can only be injected when backward repeats the forward with
+gradient, scaled by the gradient that the joined loss received.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from functools import wraps
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_reg import capture
+from lightning_reg.functional.attention_entropy import MASKED_BIAS, entropy_tap, scores_tap
+
+if TYPE_CHECKING:
+    from lightning_reg.callbacks.regularizer import Regularizer
+
+_engines: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
+
+
+class Mode(Enum):
+    """What a tap does with the call it sees."""
+
+    SKIP = 0  # not ours: evaluation, a teacher, an inner checkpoint being repeated
+    COLLECT = 1  # forward with gradient
+    DEFER = 2  # forward of a reentrant checkpoint: value now, gradient when it is repeated
+    REPEAT = 3  # a checkpointed forward repeated in backward
+
+
+class Tap:
+    """One regularizer at one site, with what it saw since the last ``join``."""
+
+    def __init__(self, site: capture.Site, regularizer: "Regularizer") -> None:
+        self.site, self.regularizer = site, regularizer
+        self.records: list[tuple[Tensor | None, Tensor]] = []  # (penalty, value) of each call
+        self.live = True  # the weight is not 0
+        self.mask: Tensor | None = None  # valid tokens of the batch
+        self.fired = False
+        self.shape, self.method = "", ""
+        self.deferred = 0  # calls whose gradient is still to be injected by the next join's backward
+        self.expected = self.injected = self.collected = 0  # the same for the join whose backward runs
+
+
+class _Join(torch.autograd.Function):
+    """``loss + penalty``; the backward records the gradient that repeated forwards inject."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, penalty: Tensor, engine: "Engine") -> Tensor:
+        ctx.engine, ctx.like = engine, penalty
+        return loss + penalty.to(loss.dtype).reshape(loss.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        for_penalty = grad.reshape(ctx.like.shape).to(ctx.like.dtype)
+        ctx.engine.gradient = for_penalty.detach()
+        return grad, for_penalty, None
+
+
+class _Inject(torch.autograd.Function):
+    """``tensor`` unchanged; the backward gives ``penalty`` the gradient it would have had from the joined loss."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, penalty: Tensor, engine: "Engine", coefficient: Tensor) -> Tensor:
+        ctx.engine, ctx.coefficient, ctx.like = engine, coefficient, penalty
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor, None, None]:
+        scale = ctx.engine.gradient.to(ctx.like.device) * ctx.coefficient.to(ctx.like.device)
+        return grad, scale.to(ctx.like.dtype), None, None
+
+
+class Engine:
+    """Shared by all regularizers of one model.
+
+    Args:
+        model: The LightningModule or plain module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.regularizers: list[Regularizer] = []
+        self.taps: dict[Regularizer, list[Tap]] = {}
+        self.sites: dict[str, tuple[nn.Module, capture.Site]] = {}
+        self.scope: list[nn.Module] = []
+        self.collecting = False
+        self.gradient = torch.zeros(())
+        self.totals: dict[str, tuple[Tensor, Tensor]] = {}  # last (value, weighted penalty) by regularizer
+        self.layers: dict[str, dict[str, Tensor]] = {}  # last value by regularizer and site
+        self._handles: list[Any] = []
+        self._wrapped: dict[str, Any] = {}
+        self._announced = self._dynamic = False
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    # --- regularizers ---
+
+    @staticmethod
+    def of(model: nn.Module) -> "Engine":
+        """The engine of a model, made when there is none."""
+        if model not in _engines:
+            _engines[model] = Engine(model)
+        return _engines[model]
+
+    @staticmethod
+    def find(model: nn.Module) -> "Engine | None":
+        """The engine of a model, if it has one."""
+        return _engines.get(model)
+
+    def register(self, model: nn.Module, regularizer: "Regularizer") -> None:
+        """Find the targets of a regularizer and give each a tap. Registering twice is registering once.
+
+        Raises:
+            ValueError: If nothing matches, or another regularizer has the same name.
+        """
+        if regularizer in self.regularizers:
+            return
+        if any(other.name == regularizer.name for other in self.regularizers):
+            raise ValueError(
+                f"`name` must differ between regularizers of one model, got {regularizer.name!r} twice; "
+                f"set `name=` of one {type(regularizer).__name__}."
+            )
+        found = regularizer.find_sites(model)
+        modules = capture.named_modules(model)
+        self.regularizers.append(regularizer)
+        self.taps[regularizer] = [self._tap(name, modules[name], regularizer, explicit) for name, explicit in found]
+        if any(hasattr(module, "_compiled_call_impl") and module._compiled_call_impl is not None
+               or type(module).__name__ == "OptimizedModule" for module in model.modules()):  # fmt: skip
+            # code compiled before the hooks existed ignores them (pytorch#117758)
+            torch.compiler.reset()
+
+    def _tap(self, name: str, module: nn.Module, regularizer: "Regularizer", explicit: bool) -> Tap:
+        if name not in self.sites:
+            self.sites[name] = module, capture.Site(name, module, self)
+            module.__dict__[capture.SITE] = self.sites[name][1]
+        site = self.sites[name][1]
+        site.explicit |= explicit
+        tap = Tap(site, regularizer)
+        taps = site.attention if regularizer.role == "attention" else site.hidden
+        taps.append(tap)
+        taps.sort(key=lambda tap: tap.regularizer.top_k or 0)
+        return tap
+
+    def close(self) -> None:
+        """Leave the model as it was. No-op when already closed."""
+        self.disarm()
+        for name, original in self._wrapped.items():
+            if original is None:
+                self.model.__dict__.pop(name, None)
+            else:
+                self.model.__dict__[name] = original
+        self._wrapped.clear()
+        for module, site in self.sites.values():
+            site.engine = None
+            module.__dict__.pop(capture.SITE, None)
+        self.sites.clear()
+        self.taps.clear()
+        self.regularizers.clear()
+        _engines.pop(self.model, None)
+
+    # --- around a training step ---
+
+    def wrap(self, pl_module: Any) -> None:
+        """Wrap ``training_step``, and ``manual_backward`` under manual optimization. No-op when wrapped."""
+        if self._wrapped:
+            return
+        training_step, manual_backward = pl_module.training_step, pl_module.manual_backward
+        automatic = pl_module.automatic_optimization
+
+        @wraps(training_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.begin(args[0] if args else kwargs.get("batch"))
+            try:
+                output = training_step(*args, **kwargs)
+            finally:
+                self.collecting = False
+            if automatic:
+                return self._join_output(output)
+            self._check_joined()
+            return output
+
+        @wraps(manual_backward)
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            manual_backward(self.join(loss), *args, **kwargs)
+            self.after_backward()
+
+        self._wrapped["training_step"] = pl_module.__dict__.get("training_step")
+        pl_module.training_step = step
+        if not automatic:
+            self._wrapped["manual_backward"] = pl_module.__dict__.get("manual_backward")
+            pl_module.manual_backward = backward
+
+    def arm(self) -> None:
+        """Hook the sites and watch attention. No-op when armed."""
+        if not self._handles:
+            self._handles = capture.attach_hooks(self.sites.values())
+            if any(site.attention for _, site in self.sites.values()):
+                capture.watch_attention(self)
+
+    def disarm(self) -> None:
+        """Remove hooks and patches; nothing of ours is left for validation. No-op when not armed."""
+        self.collecting = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        capture.unwatch_attention(self)
+        self.scope.clear()
+
+    def begin(self, batch: Any = None) -> None:
+        """Start collecting for a forward."""
+        self.arm()
+        self.scope.clear()
+        for regularizer, taps in self.taps.items():
+            live, mask = regularizer.live, regularizer.batch_mask(batch)
+            for tap in taps:
+                tap.records.clear()
+                tap.live, tap.mask, tap.deferred = live, mask, 0
+        self._dynamic = False
+        self.collecting = True
+
+    def join(self, loss: Tensor) -> Tensor:
+        """``loss`` plus every weighted penalty collected since the last join.
+
+        Raises:
+            RuntimeError: If a tap never fired or a penalty has no gradient; names the site and the remedy.
+        """
+        if loss.numel() != 1:
+            raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}; reduce it first.")
+        self._check_fired()
+        self._announce()
+        total = None
+        for regularizer, taps in self.taps.items():
+            weighted = self._total(regularizer, taps, loss.device)
+            if weighted is not None:
+                total = weighted if total is None else total + weighted
+            for tap in taps:
+                tap.records.clear()
+        return loss if total is None else _Join.apply(loss, total, self)
+
+    def _total(self, regularizer: "Regularizer", taps: list[Tap], device: torch.device) -> Tensor | None:
+        penalties, values, layers = [], [], {}
+        for tap in taps:
+            tap.collected, tap.expected, tap.injected, tap.deferred = len(tap.records) - tap.deferred, tap.deferred, 0, 0
+            self._check_gradient(tap)
+            penalties += [penalty.to(device) for penalty, _ in tap.records if penalty is not None]
+            if tap.records:
+                values += [value.to(device) for _, value in tap.records]
+                layers[tap.site.label] = tap.records[-1][1]
+        if not values:
+            return None
+        regularizer.coefficient = torch.tensor(regularizer.strength / max(1, len(penalties)))
+        weighted = torch.stack(penalties).mean() * regularizer.strength if penalties else None
+        shown = torch.zeros((), device=device) if weighted is None else weighted.detach()
+        self.totals[regularizer.name] = torch.stack(values).mean(), shown
+        self.layers[regularizer.name] = layers
+        return weighted
+
+    def _join_output(self, output: Any) -> Any:
+        if output is None:
+            return None
+        if isinstance(output, Mapping):
+            return {**output, "loss": self.join(output["loss"])} if "loss" in output else output
+        return self.join(output)
+
+    def after_backward(self) -> None:
+        """Check that every deferred penalty was injected.
+
+        Raises:
+            RuntimeError: If a reentrant checkpoint was not repeated as it ran.
+        """
+        for taps in self.taps.values():
+            for tap in taps:
+                if tap.expected != tap.injected:
+                    expected, injected, tap.expected = tap.expected, tap.injected, tap.injected
+                    raise RuntimeError(
+                        f"`{tap.regularizer.name}` at {tap.site.label}: its penalty was seen {expected} times in a "
+                        f"forward without gradient but {injected} times in backward, so part of its gradient is lost. "
+                        "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`, or leave this module out "
+                        "with `targets=`."
+                    )
+
+    # --- what passes at a site ---
+
+    def observe_hidden(self, site: capture.Site, x: Tensor) -> Tensor:
+        """Show the input of a projection to the taps of ``site``; returns the tensor to go on with."""
+        mode = self._mode()
+        if mode is Mode.SKIP:
+            return x
+        for tap in site.hidden:
+            if tap.live:
+                x, penalty, value = tap.regularizer.see_hidden(x, tap.mask)
+                (x,) = self._record(mode, tap, (x,), penalty, value)
+            elif mode is not Mode.REPEAT:
+                with torch.no_grad():
+                    _, _, value = tap.regularizer.see_hidden(x.detach(), tap.mask)
+                self._record(mode, tap, (), None, value)
+            if not torch.compiler.is_compiling():
+                tap.shape, tap.method = _sizes(x), "input"
+        return x
+
+    def observe_attention(
+        self, site: capture.Site, query: Tensor, key: Tensor, attn_mask: Tensor | None, *, is_causal: bool,
+        scale: float | None, enable_gqa: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Show queries and keys to the taps of ``site``; returns the tensors to go on with."""
+        mode = self._mode()
+        if mode is Mode.SKIP:
+            return query, key, attn_mask
+        shown = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
+        valid = None if shown is None or query.shape[-2] != key.shape[-2] else capture.padding_free(shown, key.shape[-2])
+        for taps in _by_top_k(site.attention):
+            live = any(tap.live for tap in taps)
+            if mode is Mode.REPEAT and not live:
+                continue
+            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                q, k, m, entropy, visible = entropy_tap(
+                    query, key, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+                    top_k=taps[0].regularizer.top_k,
+                )  # fmt: skip
+            if live:
+                query, key, attn_mask = q, k, m
+            (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid)
+            if not torch.compiler.is_compiling():
+                for tap in taps:
+                    tap.shape, tap.method = f"{_sizes(query)} x {_sizes(key)}", "scaled_dot_product_attention"
+        return query, key, attn_mask
+
+    def observe_scores(self, site: capture.Site, scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+        """Show attention scores to the taps of ``site``; returns their softmax."""
+        mode = self._mode()
+        square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2] and dim in (-1, 3)
+        valid = capture.padding_free(scores.detach() > MASKED_BIAS, scores.shape[-1]) if square else None
+        probs = None
+        for taps in () if mode is Mode.SKIP else _by_top_k(site.attention):
+            live = any(tap.live for tap in taps)
+            if mode is Mode.REPEAT and not live:
+                continue
+            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                seen, entropy, visible = scores_tap(scores, dim=dim, dtype=dtype, top_k=taps[0].regularizer.top_k)
+            if live:
+                probs = seen
+            passed = self._see_entropy(mode, taps, (probs if live else seen,), entropy, visible, valid)
+            probs = passed[0] if live else probs
+            if not torch.compiler.is_compiling():
+                for tap in taps:
+                    tap.shape, tap.method = _sizes(scores), f"softmax over axis {dim}"
+        return torch.softmax(scores, dim, dtype=dtype) if probs is None else probs
+
+    def _see_entropy(
+        self, mode: Mode, taps: list[Tap], tensors: tuple[Tensor, ...], entropy: Tensor, visible: Tensor,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        for tap in taps:
+            if mode is Mode.REPEAT and not tap.live:
+                continue
+            rows = entropy if tap.live else entropy.detach()
+            penalty, value = tap.regularizer.see_attention(rows, visible, _and_tokens(valid, tap.mask, rows))
+            tensors = self._record(mode, tap, tensors, penalty if tap.live else None, value)
+        return tensors
+
+    def _mode(self) -> Mode:
+        gradient = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return Mode.COLLECT if gradient and self.collecting else Mode.SKIP
+        if capture.in_backward():
+            return Mode.REPEAT if gradient else Mode.SKIP
+        if not self.collecting:
+            return Mode.SKIP
+        return Mode.COLLECT if gradient else Mode.DEFER if _inside_function() else Mode.SKIP
+
+    def _record(
+        self, mode: Mode, tap: Tap, tensors: tuple[Tensor, ...], penalty: Tensor | None, value: Tensor
+    ) -> tuple[Tensor, ...]:
+        if mode is not Mode.REPEAT:
+            tap.records.append((penalty, value))
+            if mode is Mode.DEFER and penalty is not None:
+                tap.deferred += 1
+            return tensors
+        if penalty is None or tap.injected >= tap.expected or (tap.collected and not _in_reentrant_checkpoint()):
+            return tensors
+        tap.injected += 1
+        return (_Inject.apply(tensors[0], penalty, self, tap.regularizer.coefficient), *tensors[1:])
+
+    # --- loud failure ---
+
+    def _check_fired(self) -> None:
+        for regularizer, taps in self.taps.items():
+            for tap in taps:
+                tap.fired = tap.fired or bool(tap.records)
+            if not self._announced and not regularizer.allow_unused:
+                regularizer.check_fired(taps)
+
+    def _check_gradient(self, tap: Tap) -> None:
+        flat = tap.collected and any(p is not None and not p.requires_grad for p, _ in tap.records[: tap.collected])
+        if flat and not tap.expected and not tap.regularizer.allow_unused:
+            raise RuntimeError(
+                f"`{tap.regularizer.name}` at {tap.site.label}: the penalty has no gradient, because nothing before "
+                "this module is trained or its input is detached. Leave it out with `targets=`, or set "
+                "`allow_unused=True` to accept it."
+            )
+
+    def _check_joined(self) -> None:
+        if not self._announced and any(tap.records for taps in self.taps.values() for tap in taps):
+            raise RuntimeError(
+                "training_step computed penalties but never called `self.manual_backward(loss)`, which adds them to "
+                "the loss. Call it instead of `loss.backward()`."
+            )
+
+    def _announce(self) -> None:
+        """Print once what matched."""
+        if self._announced:
+            return
+        self._announced = True
+        rows = [(tap, regularizer) for regularizer, taps in self.taps.items() for tap in taps if tap.fired]
+        if rows:
+            _print_matches(rows)
+
+
+class regularize:  # noqa: N801 - reads as a verb: `with regularize(model, [...]) as reg`
+    """Regularizers in a hand-written training loop.
+
+    Inside the ``with`` block the forward passes of ``model`` in training mode are watched, and ``add`` joins what they
+    left to the task loss. Schedules count the steps of every optimizer that holds a parameter of ``model``. Leaving the
+    block, also by an exception, puts the model back as it was.
+
+    Args:
+        model: The module to regularize.
+        callbacks: Regularizers, and ``SigmaReparam`` whose parameters exist only inside the block: build the
+            optimizer there.
+        total_steps: Optimizer steps of the whole training, for schedules in fractions of it.
+
+    Example:
+        >>> import torch
+        >>> from lightning_reg import regularize
+        >>> from lightning_reg.callbacks import ActivationDensityRegularizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> with regularize(model, [ActivationDensityRegularizer(weight=0.05)]) as reg:
+        ...     task_loss = model(torch.randn(2, 4)).square().mean()
+        ...     loss = reg.add(task_loss)
+        >>> sorted(reg.values)
+        ['activation_density/value', 'activation_density/weight', 'activation_density/weighted']
+    """
+
+    def __init__(self, model: nn.Module, callbacks: Sequence[Any], *, total_steps: int | None = None) -> None:
+        if not callbacks:
+            raise ValueError("`callbacks` must hold at least one regularizer, got none.")
+        self.model, self.callbacks, self.total_steps = model, list(callbacks), total_steps
+        self.step = 0
+        self.values: dict[str, Tensor] = {}
+        self._optimizer_hook: Any = None
+
+    def __enter__(self) -> "regularize":
+        if Engine.find(self.model) is not None and Engine.of(self.model).regularizers:
+            raise RuntimeError("the model is already regularized; leave the other `regularize` block or Trainer first.")
+        try:
+            for callback in self.callbacks:
+                callback.attach(self.model)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self._optimizer_hook = torch.optim.optimizer.register_optimizer_step_post_hook(self._count)
+        self._begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+        if (engine := Engine.find(self.model)) is not None:
+            engine.close()
+        for callback in reversed(self.callbacks):
+            callback.detach(self.model)
+
+    def add(self, loss: Tensor) -> Tensor:
+        """``loss`` plus the weighted penalties of the forward passes since the last call.
+
+        Args:
+            loss: The task loss, one element.
+
+        Raises:
+            RuntimeError: If a regularizer saw nothing, naming it and the remedy.
+        """
+        if (engine := Engine.find(self.model)) is None or not engine._handles:
+            raise RuntimeError("`add` must be called inside the `with regularize(...)` block.")
+        joined = engine.join(loss)
+        for regularizer in engine.regularizers:
+            value, weighted = engine.totals.get(regularizer.name, (torch.zeros(()), torch.zeros(())))
+            self.values[f"{regularizer.name}/value"] = value
+            self.values[f"{regularizer.name}/weight"] = torch.tensor(regularizer.strength)
+            self.values[f"{regularizer.name}/weighted"] = weighted
+        self._begin()
+        return joined
+
+    def _begin(self) -> None:
+        engine = Engine.of(self.model)
+        for regularizer in engine.regularizers:
+            regularizer.update_strength(self.step, self.total_steps)
+        engine.begin()
+
+    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        ours = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
+            self.step += 1
+            for callback in self.callbacks:
+                callback.after_step(self.model)
+            self._begin()
+
+
+def _by_top_k(taps: list[Tap]) -> Iterator[list[Tap]]:
+    """Taps that share one entropy."""
+    start = 0
+    for end in range(1, len(taps) + 1):
+        if end == len(taps) or taps[end].regularizer.top_k != taps[start].regularizer.top_k:
+            yield taps[start:end]
+            start = end
+
+
+def _and_tokens(valid: Tensor | None, tokens: Tensor | None, entropy: Tensor) -> Tensor | None:
+    """Valid rows of ``entropy`` (batch, heads, queries), from the mask and from the batch's valid tokens."""
+    if tokens is None:
+        return valid
+    if tokens.shape != (entropy.shape[0], entropy.shape[-1]):
+        raise ValueError(
+            f"`mask` must be (batch, queries) = {(entropy.shape[0], entropy.shape[-1])} for attention, "
+            f"got {tuple(tokens.shape)}."
+        )
+    rows = tokens.bool().view(tokens.shape[0], *(1,) * (entropy.dim() - 2), tokens.shape[1])
+    return rows if valid is None else rows & valid
+
+
+def _inside_function() -> bool:
+    """Whether an autograd Function's forward is running, which is how checkpoints without gradient look."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount > 0:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, torch.autograd.function.FunctionCtx):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _in_reentrant_checkpoint() -> bool:
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name().endswith("CheckpointFunctionBackward")
+
+
+def _sizes(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
+def _print_matches(rows: list[tuple[Tap, "Regularizer"]]) -> None:
+    from lightning.pytorch.utilities import rank_zero_info
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("regularizer", "module", "role", "shape", "caught at")
+    for tap, regularizer in rows:
+        table.add_row(regularizer.name, tap.site.label, regularizer.role, tap.shape or "compiled", tap.method or "compiled")
+    console = Console(width=140)
+    with console.capture() as text:
+        console.print(table)
+    rank_zero_info(f"lightning_reg found {len(rows)} sites:\n{text.get()}")
