@@ -101,7 +101,7 @@ class Engine:
         self.layers: dict[str, dict[str, Tensor]] = {}  # last value by regularizer and site
         self._handles: list[Any] = []
         self._wrapped: dict[str, Any] = {}
-        self._announced = self._dynamic = False
+        self._announced = False
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -189,7 +189,7 @@ class Engine:
                 self.collecting = False
             if automatic:
                 return self._join_output(output)
-            self._check_joined()
+            self.check_first_step(joined=any(tap.fired for taps in self.taps.values() for tap in taps))
             return output
 
         @wraps(manual_backward)
@@ -228,7 +228,6 @@ class Engine:
             for tap in taps:
                 tap.records.clear()
                 tap.live, tap.mask, tap.deferred = live, mask, 0
-        self._dynamic = False
         self.collecting = True
 
     def join(self, loss: Tensor) -> Tensor:
@@ -239,14 +238,13 @@ class Engine:
         """
         if loss.numel() != 1:
             raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}; reduce it first.")
-        self._check_fired()
-        self._announce()
         total = None
         for regularizer, taps in self.taps.items():
             weighted = self._total(regularizer, taps, loss.device)
             if weighted is not None:
                 total = weighted if total is None else total + weighted
             for tap in taps:
+                tap.fired = tap.fired or bool(tap.records)
                 tap.records.clear()
         return loss if total is None else _Join.apply(loss, total, self)
 
@@ -269,11 +267,11 @@ class Engine:
         return weighted
 
     def _join_output(self, output: Any) -> Any:
-        if output is None:
-            return None
-        if isinstance(output, Mapping):
-            return {**output, "loss": self.join(output["loss"])} if "loss" in output else output
-        return self.join(output)
+        if output is None or (isinstance(output, Mapping) and "loss" not in output):
+            return output  # Lightning skips the batch, or raises
+        output = {**output, "loss": self.join(output["loss"])} if isinstance(output, Mapping) else self.join(output)
+        self.check_first_step()
+        return output
 
     def after_backward(self) -> None:
         """Check that every deferred penalty was injected.
@@ -396,12 +394,26 @@ class Engine:
 
     # --- loud failure ---
 
-    def _check_fired(self) -> None:
+    def check_first_step(self, joined: bool = True) -> None:
+        """After the first step: raise for what did not run, else print what matched.
+
+        Raises:
+            RuntimeError: If a target never ran, or nothing was joined to a loss.
+        """
+        if self._announced:
+            return
+        if not joined and any(tap.records for taps in self.taps.values() for tap in taps):
+            raise RuntimeError(
+                "training_step computed penalties but never called `self.manual_backward(loss)`, which adds them to "
+                "the loss. Call it instead of `loss.backward()`."
+            )
         for regularizer, taps in self.taps.items():
-            for tap in taps:
-                tap.fired = tap.fired or bool(tap.records)
-            if not self._announced and not regularizer.allow_unused:
+            if not regularizer.allow_unused:
                 regularizer.check_fired(taps)
+        self._announced = True
+        rows = [(tap, regularizer) for regularizer, taps in self.taps.items() for tap in taps if tap.fired]
+        if rows:
+            _print_matches(rows)
 
     def _check_gradient(self, tap: Tap) -> None:
         flat = tap.collected and any(p is not None and not p.requires_grad for p, _ in tap.records[: tap.collected])
@@ -411,22 +423,6 @@ class Engine:
                 "this module is trained or its input is detached. Leave it out with `targets=`, or set "
                 "`allow_unused=True` to accept it."
             )
-
-    def _check_joined(self) -> None:
-        if not self._announced and any(tap.records for taps in self.taps.values() for tap in taps):
-            raise RuntimeError(
-                "training_step computed penalties but never called `self.manual_backward(loss)`, which adds them to "
-                "the loss. Call it instead of `loss.backward()`."
-            )
-
-    def _announce(self) -> None:
-        """Print once what matched."""
-        if self._announced:
-            return
-        self._announced = True
-        rows = [(tap, regularizer) for regularizer, taps in self.taps.items() for tap in taps if tap.fired]
-        if rows:
-            _print_matches(rows)
 
 
 class regularize:  # noqa: N801 - reads as a verb: `with regularize(model, [...]) as reg`
@@ -497,6 +493,7 @@ class regularize:  # noqa: N801 - reads as a verb: `with regularize(model, [...]
         if (engine := Engine.find(self.model)) is None or not engine._handles:
             raise RuntimeError("`add` must be called inside the `with regularize(...)` block.")
         joined = engine.join(loss)
+        engine.check_first_step()
         for regularizer in engine.regularizers:
             value, weighted = engine.totals.get(regularizer.name, (torch.zeros(()), torch.zeros(())))
             self.values[f"{regularizer.name}/value"] = value
@@ -550,7 +547,8 @@ def _inside_function() -> bool:
         if code.co_name == "forward" and code.co_argcount > 0:
             context = frame.f_locals.get(code.co_varnames[0])
             if isinstance(context, torch.autograd.function.FunctionCtx):
-                return True
+                # one that no gradient reaches will not be repeated
+                return any(context.needs_input_grad)
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -14,7 +14,7 @@ Unit and range
 Default and why
     ``gain = sigma(W_0)`` preserves the function at the start (safe for fine-tuning); the paper starts at 1.
 Cost
-    One matrix-vector product and one pass over W in forward, two passes in backward, one iteration per optimizer step.
+    One matrix-vector product and one pass over W in forward, three passes in backward, one iteration per optimizer step.
 When it hurts
     Models that need sharp heads; see the evidence in the README. Weight decay on W only changes its effective
     learning rate; on ``gain`` it shrinks the function, so ``gain`` is left out of weight decay by default.
@@ -22,12 +22,14 @@ Not together with
     QK-norm on the same projections (it removes their scale already), or another parametrization of the weight.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-GRAM_LIMIT = 4096  # smaller side up to which the exact Gram eigenvector is cheaper than many iterations
+GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram matrix is the cheaper exact way
+TINY = 1e-30
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -51,26 +53,67 @@ def spectral_norm(weight: Tensor) -> Tensor:
 
 def leading_singular_triplet(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Exact ``(sigma, u, v)`` of each matrix (parts, rows, columns): (parts,), (parts, rows), (parts, columns)."""
-    exact = matrices.double()
-    wide = exact.shape[1] <= exact.shape[2]
-    small = exact if wide else exact.transpose(1, 2)
-    if small.shape[1] <= GRAM_LIMIT:
-        left = torch.linalg.eigh(small @ small.transpose(1, 2)).eigenvectors[..., -1]
-        right = nn.functional.normalize(_apply(small.transpose(1, 2), left), dim=-1)
-    else:
-        right = torch.ones_like(small[:, 0, :])
-        for _ in range(100):
-            left, right = power_iteration(small, right)
-    left = nn.functional.normalize(_apply(small, right), dim=-1)
-    u, v = (left, right) if wide else (right, left)
     dtype = torch.float64 if matrices.dtype == torch.float64 else torch.float32
+    exact = matrices.detach().double()
+    v = torch.stack([_leading_right_vector(matrix) for matrix in exact])
+    u = nn.functional.normalize(_apply(exact, v), dim=-1)
     return rayleigh(exact, u, v).to(dtype), u.to(dtype).contiguous(), v.to(dtype).contiguous()
 
 
-def power_iteration(matrices: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One step from v: ``u = W v / |W v|``, ``v = W^T u / |W^T u|``; shapes as ``leading_singular_triplet``."""
-    u = nn.functional.normalize(_apply(matrices, v), dim=-1)
-    return u, nn.functional.normalize(_apply(matrices.transpose(1, 2), u), dim=-1)
+def _leading_right_vector(matrix: Tensor) -> Tensor:
+    if min(matrix.shape) > GRAM_LIMIT:
+        return _lanczos(matrix)
+    if matrix.shape[0] >= matrix.shape[1]:
+        return torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -1]
+    left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
+    return nn.functional.normalize(matrix.T @ left, dim=0)
+
+
+def _lanczos(matrix: Tensor, steps: int = 80, restarts: int = 20) -> Tensor:
+    """Leading right singular vector by Golub-Kahan bidiagonalisation, reorthogonalised, restarted from its best vector.
+
+    It finds the closely spaced singular values of a random matrix in some sixty products with W, where power iteration
+    needs thousands. The start is random but fixed: a constant vector is orthogonal to the answer for centred weights.
+    """
+    start = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    best = nn.functional.normalize(start.to(matrix.device), dim=0)
+    for _ in range(restarts):
+        right, left, diagonal, above = [best], [], [], []
+        for _ in range(steps):
+            u = _orthogonalised(matrix @ right[-1], left)
+            diagonal.append(u.norm())
+            left.append(u / diagonal[-1].clamp_min(TINY))
+            v = _orthogonalised(matrix.T @ left[-1], right)
+            above.append(v.norm())
+            right.append(v / above[-1].clamp_min(TINY))
+        small = torch.diag(torch.stack(diagonal)) + torch.diag(torch.stack(above[:-1]), 1)
+        p, sigma, qh = torch.linalg.svd(small)
+        best = nn.functional.normalize(torch.stack(right[:-1], 1) @ qh[0], dim=0)
+        if above[-1] * p[-1, 0].abs() <= 1e-6 * sigma[0]:
+            break
+    return best
+
+
+def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
+    if basis:
+        stacked = torch.stack(basis)
+        for _ in range(2):  # twice is enough, once is not
+            vector = vector - stacked.T @ (stacked @ vector)
+    return vector
+
+
+@torch.no_grad()
+def power_iteration_(matrices: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+    """One step ``u = W v / |W v|``, ``v = W^T u / |W^T u|`` of many matrices (rows, columns), in place on u and v.
+
+    All layers go through the same few kernels, except for the products.
+    """
+    for inputs, outputs, sources in ((v, u, matrices), (u, v, [matrix.T for matrix in matrices])):
+        products = [torch.mv(matrix, vector) for matrix, vector in zip(sources, inputs, strict=True)]
+        norms = torch._foreach_norm(products)
+        torch._foreach_clamp_min_(norms, TINY)
+        torch._foreach_div_(products, norms)
+        torch._foreach_copy_(outputs, products)
 
 
 def rayleigh(matrices: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -108,27 +151,38 @@ class _SpectralReparam(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            matrices = weight_matrices(exact, len(gain), transposed)
-            sigma = rayleigh(matrices, u.to(exact.dtype), v.to(exact.dtype))
-            factor = gain.to(exact.dtype) / sigma
+            sigma = rayleigh(weight_matrices(exact, len(gain), transposed), u.to(exact.dtype), v.to(exact.dtype))
             ctx.save_for_backward(weight, gain, u, v, sigma)
             ctx.transposed = transposed
-            return _scaled(exact, factor, transposed).to(weight.dtype)
+            return _scaled(exact, gain.to(exact.dtype) / sigma, transposed).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, u, v, sigma = ctx.saved_tensors
+        dtype, parts = sigma.dtype, len(gain)
         with torch.autocast(weight.device.type, enabled=False):
-            matrices = weight_matrices(weight.to(sigma.dtype), len(gain), ctx.transposed)
-            grads = weight_matrices(grad.to(sigma.dtype), len(gain), ctx.transposed)
-            overlap = (grads * matrices).sum((1, 2))
-            factor = gain.to(sigma.dtype) / sigma
-            outer = u.to(sigma.dtype).unsqueeze(2) * (v.to(sigma.dtype) * (factor * overlap / sigma)[:, None]).unsqueeze(1)
-            for_weight = grads * factor[:, None, None] - outer
+            matrices = weight_matrices(weight.to(dtype), parts, ctx.transposed)
+            grads = weight_matrices(grad.to(dtype), parts, ctx.transposed)
+            left, right = u.to(dtype), v.to(dtype)
+            if torch.is_grad_enabled():
+                sigma = rayleigh(matrices, left, right)  # a second derivative passes through sigma too
+            for_gain = _inner(grads, matrices) / sigma
+            factor = gain.to(dtype) / sigma
+            right = right * (factor * for_gain).unsqueeze(1)
+            for_weight = torch.addcmul(
+                grads * factor[:, None, None], left.unsqueeze(2), right.unsqueeze(1), value=-1.0
+            )
             if ctx.transposed:
                 for_weight = for_weight.permute(2, 0, 1)
             for_weight = for_weight.reshape(weight.shape).to(weight.dtype)
-        return for_weight, (overlap / sigma).to(gain.dtype), None, None, None
+        return for_weight, for_gain.to(gain.dtype), None, None, None
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of ``a * b`` over each part, without its product in memory where the layout allows."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.stack([torch.dot(x, y) for x, y in zip(a.flatten(1), b.flatten(1), strict=True)])
+    return (a * b).sum((1, 2))
 
 
 def _scaled(weight: Tensor, factor: Tensor, transposed: bool) -> Tensor:
@@ -140,4 +194,5 @@ def _scaled(weight: Tensor, factor: Tensor, transposed: bool) -> Tensor:
 
 
 def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
+    # one product a part: a batched product may round through TF32, a matrix-vector product does not
+    return torch.stack([torch.mv(matrix, vector) for matrix, vector in zip(matrices, vectors, strict=True)])

@@ -1,0 +1,277 @@
+"""The case matrix: parameters after training equal those of a hand-written `training_step`, to rounding."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.plugins import MixedPrecision
+from tests import tiny
+
+from lightning_reg.capture import SITE
+from lightning_reg.engine import Engine
+
+EXACT, DIFFERENT = 1e-6, 1e-3
+
+
+def scaler() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+
+CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    # name: module, its arguments, trainer arguments
+    "plain": (tiny.Tiny, {}, {}),
+    "accumulate_ragged": (tiny.Tiny, {}, {"accumulate_grad_batches": 3}),
+    "clip_norm": (tiny.Tiny, {}, {"gradient_clip_val": 0.5}),
+    "clip_value": (tiny.Tiny, {}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "float64": (tiny.Tiny, {}, {"precision": "64-true"}),
+    "returns_dict": (tiny.Tiny, {"returns": "dict"}, {}),
+    "returns_none": (tiny.Tiny, {"returns": "none"}, {}),
+    # in float64: the gradient of a key bias is 0 but for rounding, which Adam would blow up to a full step
+    "adamw_float64": (tiny.Tiny, {"optimizer": "adam"}, {"precision": "64-true"}),
+    "lbfgs_strong_wolfe": (tiny.Tiny, {"optimizer": "lbfgs", "batches": 3}, {}),
+    "manual_accumulate": (tiny.Manual, {}, {}),
+    "manual_two_optimizers": (tiny.Adversarial, {}, {}),
+    "nonreentrant_checkpoint": (tiny.Tiny, {"use_reentrant": False}, {}),
+    "reentrant_checkpoint": (tiny.Tiny, {"use_reentrant": True}, {}),
+    "nonreentrant_accumulate": (tiny.Tiny, {"use_reentrant": False}, {"accumulate_grad_batches": 3}),
+    "reentrant_accumulate": (tiny.Tiny, {"use_reentrant": True}, {"accumulate_grad_batches": 3}),
+    "reentrant_manual": (tiny.Manual, {"use_reentrant": True}, {}),
+    "sanity_validation": (tiny.Tiny, {}, {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 4}),
+}
+
+
+def reference(module: type, arguments: dict[str, Any], settings: dict[str, Any]) -> torch.Tensor:
+    """Hand-written, without checkpointing, which does not change the mathematics."""
+    return tiny.fit(module(handwritten=True, **{**arguments, "use_reentrant": None}), **settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_equals_the_handwritten_loss(case: str) -> None:
+    module, arguments, settings = CASES[case]
+    wanted = reference(module, arguments, settings)
+    assert tiny.distance(tiny.fit(module(**arguments), tiny.regularizers(), **settings), wanted) <= EXACT
+    assert tiny.distance(tiny.fit(module(**arguments), **settings), wanted) > DIFFERENT
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "nonreentrant", "reentrant"])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    # rounding of the whole model in that precision: the reference keeps no tap, so operations round elsewhere
+    [({"precision": "bf16-mixed"}, 2e-3), ({"precision": "bf16-true"}, 1e-2), ({"plugins": [scaler]}, 2e-4)],
+    ids=["bf16_mixed", "bf16_true", "fp16_gradscaler"],
+)
+def test_low_precision_differs_by_rounding_only(
+    settings: dict[str, Any], tolerance: float, use_reentrant: bool | None
+) -> None:
+    def fresh() -> dict[str, Any]:
+        return {key: [make() for make in value] if key == "plugins" else value for key, value in settings.items()}
+
+    wanted = tiny.fit(tiny.Tiny(handwritten=True), **fresh())
+    got = tiny.fit(tiny.Tiny(use_reentrant=use_reentrant), tiny.regularizers(), **fresh())
+    assert tiny.distance(got, wanted) <= tolerance
+    assert tiny.distance(tiny.fit(tiny.Tiny(), **fresh()), wanted) > DIFFERENT
+
+
+@pytest.mark.parametrize("part", ["block", "net", "attention", "module"])
+def test_compiled_training_equals_eager_without_graph_breaks(part: str) -> None:
+    from torch._dynamo.utils import counters
+
+    wanted = reference(tiny.Tiny, {}, {"accumulate_grad_batches": 3})
+    torch.compiler.reset()
+    counters.clear()
+    module = tiny.Tiny()
+    if part == "block":
+        for block in module.net.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+    elif part == "attention":
+        module.net.blocks[0].attention.compile(backend="aot_eager", fullgraph=True)
+    elif part == "net":
+        module.net = torch.compile(module.net, backend="aot_eager", fullgraph=True)
+    target = torch.compile(module, backend="aot_eager") if part == "module" else module
+    tiny.trainer(tiny.regularizers(), accumulate_grad_batches=3).fit(target)
+    assert tiny.distance(tiny.parameters(module), wanted) <= EXACT
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_inductor_equals_eager() -> None:
+    wanted = reference(tiny.Tiny, {}, {})
+    torch.compiler.reset()
+    module = tiny.Tiny()
+    for block in module.net.blocks:
+        block.compile(fullgraph=True)
+    tiny.trainer(tiny.regularizers()).fit(module)
+    assert tiny.distance(tiny.parameters(module), wanted) <= EXACT
+
+
+def test_compiled_blocks_share_code() -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    module = tiny.Tiny()
+    module.net = tiny.Net(depth=12)
+    for block in module.net.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    tiny.trainer(tiny.regularizers()).fit(module)
+    # the first block's input needs no gradient, the others' does
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+def test_compiled_net_that_holds_a_checkpoint_equals_eager(use_reentrant: bool) -> None:
+    wanted = reference(tiny.Tiny, {}, {})
+    torch.compiler.reset()
+    module = tiny.Tiny(use_reentrant=use_reentrant)
+    module.net.compile(backend="aot_eager")
+    tiny.trainer(tiny.regularizers()).fit(module)
+    assert tiny.distance(tiny.parameters(module), wanted) <= EXACT
+
+
+def test_compiled_block_inside_reentrant_checkpoint_raises() -> None:
+    torch.compiler.reset()
+    module = tiny.Tiny(use_reentrant=True)
+    for block in module.net.blocks:
+        block.compile(backend="aot_eager")
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        tiny.trainer(tiny.regularizers()).fit(module)
+    assert_untouched(module)
+
+
+def test_compiled_before_the_fit_is_compiled_again() -> None:
+    wanted = tiny.Tiny(handwritten=True)
+    tiny.fit(wanted)
+    tiny.fit(wanted)
+    torch.compiler.reset()
+    module = tiny.Tiny()
+    reference = tiny.Tiny(handwritten=True)
+    module.net.compile(backend="aot_eager")
+    tiny.fit(module)  # without callbacks: the compiled code holds no hooks
+    reference.handwritten = False
+    tiny.fit(reference)
+    reference.handwritten = True
+    tiny.fit(reference)
+    assert tiny.distance(tiny.fit(module, tiny.regularizers()), tiny.parameters(reference)) <= EXACT
+
+
+def test_two_fits_equal_two_handwritten_fits() -> None:
+    module, wanted, callbacks = tiny.Tiny(), tiny.Tiny(handwritten=True), tiny.regularizers()
+    for _ in range(2):
+        tiny.fit(module, callbacks)
+        tiny.fit(wanted)
+    assert tiny.distance(tiny.parameters(module), tiny.parameters(wanted)) <= EXACT
+
+
+class Crashing(tiny.Tiny):
+    crash: str | None = "training_step"
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.crash == "training_step" and batch_idx == 2:
+            raise RuntimeError("crash")
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        if self.crash == "backward":
+            raise RuntimeError("crash")
+
+    def on_train_start(self) -> None:
+        if self.crash == "start":
+            raise RuntimeError("crash")
+
+    def on_validation_start(self) -> None:
+        if self.crash == "validation":
+            raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("crash", ["training_step", "backward", "start", "validation"])
+def test_fit_after_a_crash_equals_the_handwritten_loss(crash: str) -> None:
+    module, wanted = Crashing(), Crashing(handwritten=True)
+    module.crash = wanted.crash = crash
+    for one, callbacks in ((module, tiny.regularizers()), (wanted, None)):
+        with pytest.raises(RuntimeError, match="^crash$"):
+            tiny.fit(one, callbacks, limit_val_batches=1)
+        assert_untouched(one)
+        one.crash = None
+        one.train()  # a crash in validation leaves evaluation mode behind
+    got = tiny.fit(module, tiny.regularizers())
+    assert tiny.distance(got, tiny.fit(wanted)) <= EXACT
+
+
+def assert_untouched(module: torch.nn.Module) -> None:
+    """Nothing of the library is left on the model or on torch."""
+    assert Engine.find(module) is None
+    assert not {"training_step", "manual_backward", "configure_model"} & set(module.__dict__)
+    for part in module.modules():
+        assert SITE not in part.__dict__
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    assert F.softmax.__module__ == "torch.nn.functional"
+    assert torch.softmax.__module__ is None or "lightning_reg" not in torch.softmax.__module__
+    assert "lightning_reg" not in (getattr(torch.Tensor.softmax, "__module__", None) or "")
+
+
+@pytest.mark.parametrize("case", ["plain", "manual_two_optimizers", "reentrant_checkpoint"])
+def test_model_is_as_it_was_after_the_fit(case: str) -> None:
+    module, arguments, settings = CASES[case]
+    trained, plain = module(**arguments), module(**arguments)
+    tiny.fit(trained, tiny.regularizers(), **settings)
+    tiny.fit(plain, **settings)
+    assert_untouched(trained)
+    assert set(trained.__dict__) == set(plain.__dict__)
+
+
+class Watching(tiny.Tiny):
+    """Notes whether anything of ours is in place during validation and prediction."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert not any(part._forward_pre_hooks or part._forward_hooks for part in self.modules())
+        assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+        super().validation_step(batch, batch_idx)
+
+
+def test_validation_runs_without_hooks_or_patches() -> None:
+    tiny.fit(Watching(), tiny.regularizers(), limit_val_batches=2, val_check_interval=2, num_sanity_val_steps=2)
+
+
+def test_prediction_after_the_fit_is_that_of_the_plain_model() -> None:
+    module = tiny.Tiny()
+    trainer = tiny.trainer(tiny.regularizers())
+    trainer.fit(module)
+    plain = tiny.Tiny()
+    plain.load_state_dict(module.state_dict())
+    (x,) = next(iter(tiny.loader(1)))
+    assert torch.equal(module.eval()(x), plain.eval()(x))
+
+
+class Teacher(tiny.Tiny):
+    """A training step that also runs the model without gradient, as self-distillation does."""
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self.net(x.roll(1, 1))
+        loss = (self.net(x) - target).square().mean()
+        return loss + tiny.handwritten_penalty(self.net, x) if self.handwritten else loss
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "nonreentrant", "reentrant"])
+def test_forward_without_gradient_is_not_counted(use_reentrant: bool | None) -> None:
+    wanted = tiny.fit(Teacher(handwritten=True))
+    assert tiny.distance(tiny.fit(Teacher(use_reentrant=use_reentrant), tiny.regularizers()), wanted) <= EXACT
+
+
+class GradientPenalty(tiny.Tiny):
+    """Differentiates the network a second time inside the loss."""
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            (slope,) = torch.autograd.grad(self.net(x).square().mean(), x, create_graph=True)
+        loss = slope.square().sum()
+        return loss + tiny.handwritten_penalty(self.net, x) if self.handwritten else loss
+
+
+def test_double_backward_through_taps_is_exact() -> None:
+    wanted = tiny.fit(GradientPenalty(handwritten=True))
+    assert tiny.distance(tiny.fit(GradientPenalty(), tiny.regularizers()), wanted) <= EXACT
