@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_reg import capture
 from lightning_reg.functional.attention_entropy import MASKED_BIAS, entropy_tap, scores_tap
@@ -467,7 +468,7 @@ class regularize:  # noqa: N801 - reads as a verb: `with regularize(model, [...]
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._optimizer_hook = torch.optim.optimizer.register_optimizer_step_post_hook(self._count)
+        self._optimizer_hook = register_optimizer_step_post_hook(self._count)
         self._begin()
         return self
 
