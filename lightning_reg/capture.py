@@ -178,6 +178,11 @@ class Site:
         self.explicit = False  # the user named it: any softmax in its forward is attention
         self.path = f"{name} {type(module).__name__}"
 
+    @property
+    def awake(self) -> bool:
+        """Whether any tap is to see this step."""
+        return any(tap.awake for taps in (self.attention, self.hidden) for tap in taps)
+
     def __deepcopy__(self, memo: dict) -> "Site":
         copy = Site.__new__(Site)
         copy.__dict__.update(self.__dict__, engine=None, attention=[], hidden=[])
@@ -321,6 +326,11 @@ def _torch_softmax_watched(input: Tensor, dim: int | None = None, *args: Any, **
 
 def _tensor_softmax_watched(self: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     return _watched_softmax(_tensor_softmax, self, dim, args, kwargs)
+
+
+def plain_softmax(scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
+    """``torch.softmax`` as it was before watching began."""
+    return _torch_softmax(scores, dim, dtype=dtype)
 
 
 def watch_attention(engine: "Engine") -> None:

@@ -26,7 +26,7 @@ from lightning_reg import capture
 from lightning_reg.functional.attention_entropy import MASKED_BIAS, entropy_tap, scores_tap
 
 if TYPE_CHECKING:
-    from lightning_reg.callbacks.regularizer import Regularizer
+    from lightning_reg.callbacks.regularizer import Observer
 
 _engines: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
 
@@ -43,10 +43,12 @@ class Mode(Enum):
 class Tap:
     """One regularizer at one site, with what it saw since the last ``join``."""
 
-    def __init__(self, site: capture.Site, regularizer: "Regularizer") -> None:
+    def __init__(self, site: capture.Site, regularizer: "Observer") -> None:
         self.site, self.regularizer = site, regularizer
         self.records: list[tuple[Tensor | None, Tensor]] = []  # (penalty, value) of each call
         self.live = True  # the weight is not 0
+        self.awake = True  # the site is shown to it at this step
+        self.dropped = False  # never shown to it again
         self.mask: Tensor | None = None  # valid tokens of the batch
         self.fired = False
         self.shape, self.method = "", ""
@@ -92,8 +94,8 @@ class Engine:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.regularizers: list[Regularizer] = []
-        self.taps: dict[Regularizer, list[Tap]] = {}
+        self.regularizers: list[Observer] = []  # those that leave penalties
+        self.taps: dict[Observer, list[Tap]] = {}
         self.sites: dict[str, tuple[nn.Module, capture.Site]] = {}
         self.scope: list[nn.Module] = []
         self.collecting = False
@@ -103,6 +105,7 @@ class Engine:
         self._handles: list[Any] = []
         self._wrapped: dict[str, Any] = {}
         self._announced = False
+        self._compiled = False  # a site runs in compiled code
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -121,29 +124,31 @@ class Engine:
         """The engine of a model, if it has one."""
         return _engines.get(model)
 
-    def register(self, model: nn.Module, regularizer: "Regularizer") -> None:
+    def register(self, model: nn.Module, regularizer: "Observer") -> None:
         """Find the targets of a regularizer and give each a tap. Registering twice is registering once.
 
         Raises:
             ValueError: If nothing matches, or another regularizer has the same name.
         """
-        if regularizer in self.regularizers:
+        if regularizer in self.taps:
             return
-        if any(other.name == regularizer.name for other in self.regularizers):
+        if any(other.name == regularizer.name for other in self.taps):
             raise ValueError(
                 f"`name` must differ between regularizers of one model, got {regularizer.name!r} twice; "
                 f"set `name=` of one {type(regularizer).__name__}."
             )
         found = regularizer.find_sites(model)
         modules = capture.named_modules(model)
-        self.regularizers.append(regularizer)
+        if regularizer.penalizes:
+            self.regularizers.append(regularizer)
         self.taps[regularizer] = [self._tap(name, modules[name], regularizer, explicit) for name, explicit in found]
         if any(hasattr(module, "_compiled_call_impl") and module._compiled_call_impl is not None
                or type(module).__name__ == "OptimizedModule" for module in model.modules()):  # fmt: skip
             # code compiled before the hooks existed ignores them (pytorch#117758)
             torch.compiler.reset()
+            self._compiled = True
 
-    def _tap(self, name: str, module: nn.Module, regularizer: "Regularizer", explicit: bool) -> Tap:
+    def _tap(self, name: str, module: nn.Module, regularizer: "Observer", explicit: bool) -> Tap:
         if name not in self.sites:
             self.sites[name] = module, capture.Site(name, module, self)
             module.__dict__[capture.SITE] = self.sites[name][1]
@@ -205,11 +210,14 @@ class Engine:
             pl_module.manual_backward = backward
 
     def arm(self) -> None:
-        """Hook the sites and watch attention. No-op when armed."""
-        if not self._handles:
-            self._handles = capture.attach_hooks(self.sites.values())
-            if any(site.attention for _, site in self.sites.values()):
-                capture.watch_attention(self)
+        """Hook the sites and watch attention. No-op when armed, or when no site is shown to anything."""
+        if self._handles:
+            return
+        # compiled code does not notice that hooks come and go: there they stay, and ask whether a tap is awake
+        sites = [entry for entry in self.sites.values() if self._compiled or entry[1].awake]
+        self._handles = capture.attach_hooks(sites)
+        if any(site.attention for _, site in sites):
+            capture.watch_attention(self)
 
     def disarm(self) -> None:
         """Remove hooks and patches; nothing of ours is left for validation. No-op when not armed."""
@@ -222,13 +230,15 @@ class Engine:
 
     def begin(self, batch: Any = None) -> None:
         """Start collecting for a forward."""
-        self.arm()
         self.scope.clear()
         for regularizer, taps in self.taps.items():
-            live, mask = regularizer.live, regularizer.batch_mask(batch)
+            live, awake = regularizer.live, regularizer.awake
+            mask = regularizer.batch_mask(batch) if awake else None
             for tap in taps:
                 tap.records.clear()
                 tap.live, tap.mask, tap.deferred = live, mask, 0
+                tap.awake = awake and not tap.dropped
+        self.arm()
         self.collecting = True
 
     def join(self, loss: Tensor) -> Tensor:
@@ -241,15 +251,16 @@ class Engine:
             raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}; reduce it first.")
         total = None
         for regularizer, taps in self.taps.items():
-            weighted = self._total(regularizer, taps, loss.device)
+            weighted = self._total(regularizer, taps, loss.device) if regularizer.penalizes else None
             if weighted is not None:
                 total = weighted if total is None else total + weighted
             for tap in taps:
                 tap.fired = tap.fired or bool(tap.records)
-                tap.records.clear()
+                if regularizer.penalizes:
+                    tap.records.clear()
         return loss if total is None else _Join.apply(loss, total, self)
 
-    def _total(self, regularizer: "Regularizer", taps: list[Tap], device: torch.device) -> Tensor | None:
+    def _total(self, regularizer: "Observer", taps: list[Tap], device: torch.device) -> Tensor | None:
         penalties, values, layers = [], [], {}
         for tap in taps:
             tap.collected, tap.expected, tap.injected, tap.deferred = len(tap.records) - tap.deferred, tap.deferred, 0, 0
@@ -296,13 +307,14 @@ class Engine:
     def observe_hidden(self, site: capture.Site, x: Tensor) -> Tensor:
         """Show the input of a projection to the taps of ``site``; returns the tensor to go on with."""
         mode = self._mode()
-        if mode is Mode.SKIP:
+        self._compiled |= torch.compiler.is_compiling()
+        if mode is Mode.SKIP or not site.awake:
             return x
         for tap in site.hidden:
             if tap.live:
                 x, penalty, value = tap.regularizer.see_hidden(x, tap.mask)
                 (x,) = self._record(mode, tap, (x,), penalty, value)
-            elif mode is not Mode.REPEAT:
+            elif mode is not Mode.REPEAT and tap.awake:
                 with torch.no_grad():
                     _, _, value = tap.regularizer.see_hidden(x.detach(), tap.mask)
                 self._record(mode, tap, (), None, value)
@@ -316,13 +328,14 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Show queries and keys to the taps of ``site``; returns the tensors to go on with."""
         mode = self._mode()
-        if mode is Mode.SKIP:
+        self._compiled |= torch.compiler.is_compiling()
+        if mode is Mode.SKIP or not site.awake:
             return query, key, attn_mask
         shown = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
         valid = None if shown is None or query.shape[-2] != key.shape[-2] else capture.padding_free(shown, key.shape[-2])
         for taps in _by_top_k(site.attention):
             live = any(tap.live for tap in taps)
-            if mode is Mode.REPEAT and not live:
+            if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
                 continue
             with torch.set_grad_enabled(live and torch.is_grad_enabled()):
                 q, k, m, entropy, visible = entropy_tap(
@@ -340,12 +353,16 @@ class Engine:
     def observe_scores(self, site: capture.Site, scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
         """Show attention scores to the taps of ``site``; returns their softmax."""
         mode = self._mode()
+        self._compiled |= torch.compiler.is_compiling()
+        if mode is Mode.SKIP or not site.awake:
+            # not `torch.softmax`, which is watched and would come back here
+            return capture.plain_softmax(scores, dim, dtype)
         square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2] and dim in (-1, 3)
         valid = capture.padding_free(scores.detach() > MASKED_BIAS, scores.shape[-1]) if square else None
         probs = None
-        for taps in () if mode is Mode.SKIP else _by_top_k(site.attention):
+        for taps in _by_top_k(site.attention):
             live = any(tap.live for tap in taps)
-            if mode is Mode.REPEAT and not live:
+            if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
                 continue
             with torch.set_grad_enabled(live and torch.is_grad_enabled()):
                 seen, entropy, visible = scores_tap(scores, dim=dim, dtype=dtype, top_k=taps[0].regularizer.top_k)
@@ -356,14 +373,14 @@ class Engine:
             if not torch.compiler.is_compiling():
                 for tap in taps:
                     tap.shape, tap.method = _sizes(scores), f"softmax over axis {dim}"
-        return torch.softmax(scores, dim, dtype=dtype) if probs is None else probs
+        return capture.plain_softmax(scores, dim, dtype) if probs is None else probs
 
     def _see_entropy(
         self, mode: Mode, taps: list[Tap], tensors: tuple[Tensor, ...], entropy: Tensor, visible: Tensor,
         valid: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         for tap in taps:
-            if mode is Mode.REPEAT and not tap.live:
+            if not tap.live and (mode is Mode.REPEAT or not tap.awake):
                 continue
             rows = entropy if tap.live else entropy.detach()
             penalty, value = tap.regularizer.see_attention(rows, visible, _and_tokens(valid, tap.mask, rows))
@@ -403,7 +420,7 @@ class Engine:
         """
         if self._announced:
             return
-        if not joined and any(tap.records for taps in self.taps.values() for tap in taps):
+        if not joined and any(tap.records for regularizer in self.regularizers for tap in self.taps[regularizer]):
             raise RuntimeError(
                 "training_step computed penalties but never called `self.manual_backward(loss)`, which adds them to "
                 "the loss. Call it instead of `loss.backward()`."
@@ -412,7 +429,11 @@ class Engine:
             if not regularizer.allow_unused:
                 regularizer.check_fired(taps)
         self._announced = True
-        rows = [(tap, regularizer) for regularizer, taps in self.taps.items() for tap in taps if tap.fired]
+        rows = [
+            (tap, regularizer) for regularizer, taps in self.taps.items() for tap in taps if tap.fired or tap.records
+        ]
+        covered = {(tap.site, regularizer.role) for tap, regularizer in rows if regularizer.penalizes}
+        rows = [row for row in rows if row[1].penalizes or (row[0].site, row[1].role) not in covered]
         if rows:
             _print_matches(rows)
 
@@ -563,7 +584,7 @@ def _sizes(tensor: Tensor) -> str:
     return f"({', '.join(map(str, tensor.shape))})"
 
 
-def _print_matches(rows: list[tuple[Tap, "Regularizer"]]) -> None:
+def _print_matches(rows: list[tuple[Tap, "Observer"]]) -> None:
     from lightning.pytorch.utilities import rank_zero_info
     from rich.console import Console
     from rich.table import Table

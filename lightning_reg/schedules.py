@@ -57,14 +57,21 @@ class _Ramp(Schedule):
         self.begin, self.duration = _check_time("begin", begin), _check_time("duration", duration)
         if self.duration == 0:
             raise ValueError("`duration` must be > 0, got 0; use `Constant` for a factor that does not change.")
+        if isinstance(self.begin, float) and isinstance(self.duration, float) and self.begin + self.duration > 1 + 1e-9:
+            raise ValueError(
+                f"`begin + duration` must be <= 1, got {begin} + {duration}: the training would end before `end` is "
+                f"reached; the rest of the training is `duration={1 - begin:g}`."
+            )
 
     def __call__(self, step: int, total_steps: int | None = None) -> float:
         """Factor at ``step``."""
         begin = _in_steps("begin", self.begin, total_steps)
-        progress = (step - begin) / _in_steps("duration", self.duration, total_steps)
-        if progress >= 1:
+        duration = _in_steps("duration", self.duration, total_steps)
+        if step >= begin + duration:
             return self.end
-        return self.start + (self.end - self.start) * self._curve(max(0.0, progress))
+        if step <= begin:
+            return self.start
+        return self.start + (self.end - self.start) * self._curve((step - begin) / duration)
 
     def _curve(self, progress: float) -> float:
         raise NotImplementedError
@@ -131,9 +138,8 @@ class MultiStep(Schedule):
                 f"`values` must have one entry more than `milestones`, got {len(self.values)} for "
                 f"{len(self.milestones)} milestones."
             )
-        if len({type(time) for time in self.milestones}) > 1 or any(
-            a >= b for a, b in zip(self.milestones, self.milestones[1:])
-        ):
+        pairs = zip(self.milestones, self.milestones[1:])
+        if len({type(time) for time in self.milestones}) > 1 or any(first >= second for first, second in pairs):
             raise ValueError(f"`milestones` must increase and be all steps or all fractions, got {self.milestones}.")
 
     def __call__(self, step: int, total_steps: int | None = None) -> float:
@@ -150,7 +156,9 @@ def _check_factor(name: str, value: float) -> float:
 
 def _check_time(name: str, time: float) -> int | float:
     if isinstance(time, bool) or not isinstance(time, (int, float)) or not time >= 0:
-        raise ValueError(f"`{name}` must be >= 0, an int for steps or a float for a fraction of training, got {time!r}.")
+        raise ValueError(
+            f"`{name}` must be >= 0, an int for steps or a float for a fraction of training, got {time!r}."
+        )
     if isinstance(time, float) and time > 1:
         raise ValueError(f"`{name}` as a fraction of training must be <= 1, got {time}; write {int(time)} for steps.")
     return time
@@ -159,7 +167,7 @@ def _check_time(name: str, time: float) -> int | float:
 def _in_steps(name: str, time: int | float, total_steps: int | None) -> float:
     if isinstance(time, int):
         return time
-    if total_steps is None:
+    if total_steps is None or not 0 <= total_steps < math.inf:
         raise ValueError(
             f"`{name}={time}` is a fraction of training, but the number of training steps is unknown: set "
             "`max_steps` or `max_epochs` of the Trainer (`total_steps` of `regularize`), or give steps as an int."

@@ -21,7 +21,60 @@ if TYPE_CHECKING:
 Mask = Union[str, int, Callable[[Any], Tensor], None]
 
 
-class Regularizer(Callback):
+class Observer:
+    """What the engine shows its sites to. A ``Regularizer`` is one that leaves penalties."""
+
+    name, role = "", ""
+    top_k: int | None = None
+    mask: Mask = None
+    allow_unused = False
+    penalizes = False
+    awake = True  # the sites are shown to it at the current step; at the others it costs nothing
+    strength = 0.0  # weight * schedule at the current step
+    coefficient: Tensor  # strength / number of calls, for repeated forwards
+
+    def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
+        """Names of the modules to watch, each with whether the user named it."""
+        raise NotImplementedError
+
+    def see_attention(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """``(penalty, value)`` of attention rows: entropy in nats and visible keys (batch, heads, queries)."""
+        raise NotImplementedError
+
+    def see_hidden(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``(x, penalty, value)`` of a projection's input (..., width)."""
+        raise NotImplementedError
+
+    def check_fired(self, taps: "list[Tap]") -> None:
+        """Raise if a target did not run in the first step."""
+        raise NotImplementedError
+
+    @property
+    def live(self) -> bool:
+        """Whether the penalty acts at the current step."""
+        return self.strength > 0
+
+    def update_strength(self, step: int, total_steps: int | None) -> None:
+        """Set the strength of an optimizer step; without a penalty there is none."""
+
+    def batch_mask(self, batch: Any) -> Tensor | None:
+        """Valid tokens of a batch, or None."""
+        if self.mask is None or batch is None:
+            return None
+        try:
+            mask = self.mask(batch) if callable(self.mask) else batch[self.mask]
+        except (KeyError, IndexError, TypeError) as error:
+            keys = f" with keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
+            raise ValueError(
+                f"`mask={self.mask!r}` is not in the batch, a {type(batch).__name__}{keys}; give its key, its index, or "
+                "a function of the batch."
+            ) from error
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"`mask={self.mask!r}` must select a tensor, got {type(mask).__name__}.")
+        return mask.bool()
+
+
+class Regularizer(Observer, Callback):
     """Base of the penalty callbacks.
 
     Args:
@@ -35,8 +88,7 @@ class Regularizer(Callback):
         name: Name in logs and checkpoints; two instances in one Trainer need two names.
     """
 
-    role = ""
-    top_k: int | None = None
+    penalizes = True
 
     def __init__(
         self,
@@ -56,27 +108,11 @@ class Regularizer(Callback):
         self.weight, self.schedule = float(weight), schedule
         self.targets = _plain(targets)
         self.mask, self.allow_unused, self.name = mask, allow_unused, name
-        self.strength = self.weight  # weight * schedule at the current step
-        self.coefficient = torch.zeros(())  # strength / number of calls, for repeated forwards
+        self.strength = self.weight
+        self.coefficient = torch.zeros(())
         self._from_checkpoint: dict[str, Any] | None = None
 
-    # --- to be defined by a method ---
-
-    def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
-        """Names of the modules to watch, each with whether the user named it."""
-        raise NotImplementedError
-
-    def see_attention(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(penalty, value)`` of attention rows: entropy in nats and visible keys (batch, heads, queries)."""
-        raise NotImplementedError
-
-    def see_hidden(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x, penalty, value)`` of a projection's input (..., width)."""
-        raise NotImplementedError
-
-    def check_fired(self, taps: "list[Tap]") -> None:
-        """Raise if a target did not run in the first step."""
-        raise NotImplementedError
+    # --- to be defined by a method, beside what an Observer defines ---
 
     def definition(self) -> dict[str, Any]:
         """Arguments that define the quantity: a checkpoint with others belongs to another training."""
@@ -84,30 +120,9 @@ class Regularizer(Callback):
 
     # --- strength ---
 
-    @property
-    def live(self) -> bool:
-        """Whether the penalty acts at the current step."""
-        return self.strength > 0
-
     def update_strength(self, step: int, total_steps: int | None) -> None:
         """Set the strength of an optimizer step."""
         self.strength = self.weight * (1.0 if self.schedule is None else self.schedule(step, total_steps))
-
-    def batch_mask(self, batch: Any) -> Tensor | None:
-        """Valid tokens of a batch, or None."""
-        if self.mask is None or batch is None:
-            return None
-        try:
-            mask = self.mask(batch) if callable(self.mask) else batch[self.mask]
-        except (KeyError, IndexError, TypeError) as error:
-            keys = f" with keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
-            raise ValueError(
-                f"`mask={self.mask!r}` is not in the batch, a {type(batch).__name__}{keys}; give its key, its index, or "
-                "a function of the batch."
-            ) from error
-        if not isinstance(mask, Tensor):
-            raise ValueError(f"`mask={self.mask!r}` must select a tensor, got {type(mask).__name__}.")
-        return mask.bool()
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""

@@ -2,7 +2,7 @@ r"""Soft count of non-zero activations, the density surrogate of DEFT.
 
 Formula
     ``density = mean over valid x of phi(x)``, ``phi(x) = x^2 / (x^2 + epsilon)``, computed as
-    ``1 - epsilon / (x^2 + epsilon)`` in float32; ``phi'(x) = 2 x epsilon / (x^2 + epsilon)^2``.
+    ``1 - 1 / (1 + x^2 / epsilon)`` in float32; ``phi'(x) = 2 x epsilon / (x^2 + epsilon)^2``.
 Source
     DEFT (Runwal et al. 2024, arXiv 2402.01911) and its public code, which writes ``x^2 / (x^2 + epsilon)`` in the
     input's precision: inf or NaN gradients in float16, exactly 0 in bfloat16 for |x| >= 1e-2. This form has neither.
@@ -24,10 +24,15 @@ Not together with
     ``epsilon`` far below the square of the activations' scale: the penalty is then constant and does nothing.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SMALLEST_EPSILON = (
+    1e-30  # keeps 1 / epsilon, times a loss scale, finite in float32; an all-zero input has no other scale
+)
 
 
 def activation_density(
@@ -45,7 +50,7 @@ def activation_density(
         Scalar in [0, 1], float32 (float64 for float64 input); 0 when no position is valid.
 
     Raises:
-        ValueError: If ``epsilon`` is not positive or a shape does not fit.
+        ValueError: If ``epsilon`` is not positive or ``x`` or ``mask`` does not fit.
 
     Example:
         >>> activation_density(torch.tensor([[0.0, 2.0, 0.0, -3.0]]))
@@ -73,25 +78,27 @@ def exact_density(x: Tensor, *, threshold: float = 0.0, mask: Tensor | None = No
         mask: Valid positions, True = valid, shape of ``x`` without its last axis.
 
     Returns:
-        Scalar in [0, 1], float32, no gradient; 0 when no position is valid.
+        Scalar in [0, 1], float32, no gradient; 0 when no position is valid. NaN counts as non-zero.
+
+    Raises:
+        ValueError: If ``threshold`` is negative or ``mask`` does not fit.
 
     Example:
         >>> exact_density(torch.tensor([[0.0, 2.0, 1e-3, -3.0]]), threshold=0.01)
         tensor(0.5000)
     """
-    if threshold < 0:
-        raise ValueError(f"`threshold` must be >= 0, got {threshold}.")
-    active, valid = count_active(x, threshold, mask)
+    active, valid = count_active(x, threshold=threshold, mask=mask)
     return active.float() / valid.clamp_min(1)
 
 
-def count_active(x: Tensor, threshold: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def count_active(x: Tensor, *, threshold: float = 0.0, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Numbers of elements above ``threshold`` in magnitude and of valid elements, int64 scalars."""
-    active = x.detach().abs() > threshold
+    check_threshold(threshold)
     mask = check_token_mask(mask, x)
+    active = (x.detach().abs() <= threshold).logical_not_()  # true for NaN, as in torch.count_nonzero
     if mask is None:
-        return active.sum(), torch.tensor(x.numel(), device=x.device)
-    return (active & mask).sum(), mask.sum() * x.shape[-1]
+        return active.sum(), torch.full((), x.numel(), device=x.device)
+    return active.logical_and_(mask).sum(), mask.sum() * x.shape[-1]
 
 
 class _Density(torch.autograd.Function):
@@ -99,37 +106,70 @@ class _Density(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, epsilon: float, relative: bool) -> tuple[Tensor, Tensor]:
-        exact = x.double() if x.dtype == torch.float64 else x.float()
-        count = torch.tensor(x.numel(), device=x.device) if mask is None else mask.sum() * x.shape[-1]
-        count = count.clamp_min(1).to(exact.dtype)
-        scaled = torch.tensor(epsilon, dtype=exact.dtype, device=x.device)
+        """Return ``x`` and its density."""
+        exact, valid = _upcast(x), _valid(x, mask)
+        inverse: float | Tensor = 1 / max(epsilon, SMALLEST_EPSILON)
         if relative:
-            square = exact.square() if mask is None else exact.square() * mask
-            # an all-zero input has no scale: any positive epsilon gives density 0
-            scaled = scaled * (square.sum() / count).clamp_min(torch.finfo(exact.dtype).tiny / epsilon)
-        ctx.save_for_backward(x, mask, scaled, count)
+            square = _sum(exact.square(), mask) / _at_least_one(valid)
+            inverse = square.mul_(epsilon).clamp_min_(SMALLEST_EPSILON).reciprocal_()
+        ctx.save_for_backward(x, mask, inverse if relative else None)
+        ctx.inverse = None if relative else inverse
         ctx.set_materialize_grads(False)
-        zeroness = scaled / torch.addcmul(scaled, exact, exact)
-        density = 1 - zeroness.mean() if mask is None else ((1 - zeroness) * mask).sum() / count
-        return x.view_as(x), density
+        zeros = _sum(_spread(exact, inverse).reciprocal_(), mask)
+        return x.view_as(x), (valid - zeros) / _at_least_one(valid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, mask, epsilon, count = ctx.saved_tensors
+        """Add ``grad_density * 2 x / (epsilon (1 + x^2 / epsilon)^2) / count`` to the gradient of ``x``."""
+        x, mask, inverse = ctx.saved_tensors
         if grad_density is not None:
-            exact = x.double() if x.dtype == torch.float64 else x.float()
-            slope = exact / torch.addcmul(epsilon, exact, exact).square_()
-            strength = grad_density * 2 * epsilon / count
-            slope = slope * strength if mask is None else slope * (strength * mask)
-            grad = slope.to(x.dtype) if grad is None else grad + slope.to(grad.dtype)
+            inverse = ctx.inverse if inverse is None else inverse
+            exact = _upcast(x)
+            slope = _spread(exact, inverse).pow_(-2).mul_(exact)
+            if mask is not None:
+                slope.masked_fill_(~mask, 0.0)
+            strength = grad_density * (2 * inverse / _at_least_one(_valid(x, mask)))
+            grad = slope.mul_(strength).to(x.dtype) if grad is None else grad.addcmul(slope, strength).to(grad.dtype)
         return grad, None, None, None
+
+
+def _spread(x: Tensor, inverse: float | Tensor) -> Tensor:
+    """``1 + x^2 / epsilon``."""
+    if isinstance(inverse, Tensor):
+        return x.square().mul_(inverse).add_(1)
+    return torch.addcmul(x.new_ones(()), x, x, value=inverse)
+
+
+def _valid(x: Tensor, mask: Tensor | None) -> int | Tensor:
+    """Number of valid elements."""
+    return x.numel() if mask is None else mask.sum() * x.shape[-1]
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
+
+
+def _sum(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of the valid elements, whatever the others hold."""
+    return x.sum() if mask is None else torch.where(mask, x.sum(-1, keepdim=True), 0.0).sum()
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_epsilon(epsilon: float) -> float:
     """Return ``epsilon`` or raise a ValueError."""
-    if not epsilon > 0:
-        raise ValueError(f"`epsilon` must be > 0, got {epsilon}. DEFT's public code uses 1e-7.")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"`epsilon` must be finite and > 0, got {epsilon}. DEFT's public code uses 1e-7.")
     return epsilon
+
+
+def check_threshold(threshold: float) -> float:
+    """Return ``threshold`` or raise a ValueError."""
+    if not threshold >= 0:
+        raise ValueError(f"`threshold` must be >= 0, got {threshold}.")
+    return threshold
 
 
 def check_token_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -137,6 +177,9 @@ def check_token_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if mask.shape != x.shape[:-1]:
-        raise ValueError(f"`mask` must have the shape of `x` without its last axis, {tuple(x.shape[:-1])}, "
-                         f"got {tuple(mask.shape)}.")
+        raise ValueError(
+            f"`mask` must have the shape of `x` without its last axis, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}."
+        )
+    if torch.is_floating_point(mask):
+        raise ValueError(f"`mask` must be boolean or 0/1 integers (True = valid), got {mask.dtype}; use `mask.bool()`.")
     return mask.bool().unsqueeze(-1)

@@ -14,14 +14,14 @@ Unit and range
     log(visible keys), so in [0, 1]. A row that sees no key, or a single key when normalised, has no choice to make: it
     is 0 here, and losses and metrics leave it out of their means.
 Masks
-    Boolean (True = visible) or additive. An additive bias at or below ``MASKED_BIAS`` hides its key, which covers -inf,
-    ``finfo.min``, -1e9 and the -1e4 that older models use.
+    Boolean (True = visible) or additive. A bias, or a score, at or below ``MASKED_BIAS`` hides its key, which covers
+    -inf, ``finfo.min``, -1e9 and the -1e4 that older models add to their scores. NaN is not a mask and stays NaN.
 Default and why
     ``normalize`` is off in the functions, which state the quantity of the papers, and on in losses and callbacks, where
     a weight should not depend on the number of keys.
 Cost
-    From queries and keys: two matrix products forward and three more backward, in blocks of at most ``BLOCK_SCORES``
-    scores; memory linear in the number of tokens. Computed in float32 (float64 stays).
+    From queries and keys: one matrix product forward and three backward, in blocks of about ``BLOCK_SCORES`` scores;
+    memory linear in the number of tokens. Computed in float32 (float64 stays).
 When it hurts
     The gradient vanishes where ``p_j`` is 0: the term shapes healthy heads and cannot revive a collapsed one.
     Maximising flattens attention: heads that must be sharp (induction, pointing) get worse.
@@ -37,8 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKED_BIAS = -1e4  # smallest fill in common use; an ALiBi bias this low has probability 0 anyway
-BLOCK_SCORES = 2**20  # scores held at a time: 4 MiB in float32, which stays in a CPU's cache
+MASKED_BIAS = -5e3  # half the smallest fill in common use, which comes added to a score; ALiBi this low is 0 anyway
+HIDDEN_SCORE = -1e30  # probability 0 and, unlike with -inf, no NaN in 0 * log(0), also when differentiated twice
+BLOCK_SCORES = 2**17  # scores held at a time: 512 KiB in float32, which stay in a CPU's cache
+LARGE_BLOCKS = 128  # times as many on an accelerator, where launches cost, and in compiled code, which unrolls blocks
+
+Block = tuple[slice, slice]  # of batch and queries
 
 # bound now: capture.py replaces the attribute while a training batch is in flight
 _softmax = torch.softmax
@@ -60,7 +64,7 @@ def attention_entropy_from_probs(
 
     Raises:
         ValueError: If a shape does not fit, or, outside torch.compile, a probability is negative or a row does not
-            sum to 1 (scores, or a product that is no distribution).
+            sum to 1 over the visible keys (scores, dropped-out weights, or a product that is no distribution).
 
     Example:
         >>> attention_entropy_from_probs(torch.tensor([[0.5, 0.5, 0.0, 0.0]]), normalize=True)
@@ -71,9 +75,8 @@ def attention_entropy_from_probs(
         probs = probs.masked_fill(~_check_mask(mask, probs.shape), 0.0)
     if not torch.compiler.is_compiling():
         _check_distribution(probs, dim)
-    # log(0) has an infinite gradient; where p is 0 the term is 0 whatever its logarithm
-    entropy = -(probs * probs.clamp_min(torch.finfo(probs.dtype).tiny).log()).sum(dim)
-    return normalize_entropy(entropy, _visible(mask, probs, dim)) if normalize else entropy
+    entropy = _entropy(probs, _log(probs), dim)
+    return normalize_entropy(entropy, visible_keys(probs, mask, dim)) if normalize else entropy
 
 
 def attention_entropy_from_scores(
@@ -126,10 +129,15 @@ def attention_entropy(
         top_k: Keep the ``top_k`` largest scores of a row and renormalise.
 
     Returns:
-        (batch, heads, queries), float32 (float64 for float64 input); nats, or [0, 1] when normalised.
+        (batch, heads, queries), float32 or float64; nats, or [0, 1] when normalised.
 
     Raises:
         ValueError: If shapes do not fit, naming the argument.
+
+    Example:
+        >>> query, key = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 4, 8)
+        >>> attention_entropy(query, key, is_causal=True)
+        tensor([[[0.0000, 0.6931]]])
     """
     *_, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k
@@ -163,6 +171,11 @@ def attention_with_entropy(
     Returns:
         Output (batch, heads, queries, value_dim) exactly as torch's attention computes it, and entropy
         (batch, heads, queries).
+
+    Example:
+        >>> query, key = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 2, 8)
+        >>> attention_with_entropy(query, key, torch.eye(2)[None, None])
+        (tensor([[[[0.5000, 0.5000]]]]), tensor([[[0.6931]]]))
     """
     query, key, attn_mask, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa
@@ -171,11 +184,6 @@ def attention_with_entropy(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return output, normalize_entropy(entropy, visible) if normalize else entropy
-
-
-def normalize_entropy(entropy: Tensor, visible: Tensor) -> Tensor:
-    """``entropy / log(visible)``, and 0 for rows with fewer than two visible keys."""
-    return entropy / torch.where(visible > 1, visible, math.inf).to(entropy.dtype).log()
 
 
 def entropy_tap(
@@ -198,12 +206,13 @@ def entropy_tap(
     """
     _check_query_key(query, key, attn_mask, enable_gqa)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    bias = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
-    visible = _visible_keys(query, key, attn_mask, is_causal, check_top_k(top_k))
-    if bias is None:
+    visible = _visible_to_queries(query, key, attn_mask, is_causal, check_top_k(top_k))
+    if attn_mask is None or attn_mask.dtype == torch.bool:
         query, key, entropy = _QueryKeyEntropy.apply(query, key, None, attn_mask, scale, is_causal, top_k)
     else:
-        query, key, attn_mask, entropy = _QueryKeyEntropy.apply(query, key, bias, None, scale, is_causal, top_k)
+        query, key, attn_mask, entropy = _QueryKeyEntropy.apply(query, key, attn_mask, None, scale, is_causal, top_k)
+    if attn_mask is not None:
+        entropy = entropy.masked_fill(visible == 0, 0.0)
     return query, key, attn_mask, entropy, visible
 
 
@@ -226,6 +235,22 @@ def scores_tap(
     return _SoftmaxEntropy.apply(scores, dim % scores.dim(), dtype, check_top_k(top_k))
 
 
+def normalize_entropy(entropy: Tensor, visible: Tensor) -> Tensor:
+    """``entropy / log(visible)``, and 0 for rows with fewer than two visible keys."""
+    return entropy / torch.where(visible > 1, visible, math.inf).to(entropy.dtype).log()
+
+
+def rows_with_choice(visible: Tensor, normalize: bool) -> Tensor:
+    """Rows that means count: those that see a key, or two keys where the entropy is normalised."""
+    return visible > (1 if normalize else 0)
+
+
+def visible_keys(probs: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """Number of keys each row of probabilities sees, the shape of ``probs`` without ``dim``."""
+    shown = torch.ones_like(probs, dtype=torch.bool) if mask is None else mask.expand(probs.shape)
+    return shown.sum(dim)
+
+
 class _SoftmaxEntropy(torch.autograd.Function):
     """``softmax(scores, dim, dtype)``, its entropy in nats and the visible keys; keeps what a softmax keeps."""
 
@@ -235,14 +260,14 @@ class _SoftmaxEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return probabilities like ``scores``, entropy and visible keys without ``dim``."""
         probs = _softmax(scores, dim, dtype=dtype)
-        hidden = scores <= MASKED_BIAS
-        visible = scores.shape[dim] - hidden.sum(dim)
+        visible = scores.shape[dim] - (scores <= MASKED_BIAS).sum(dim)
         # probabilities in half precision are too coarse for their logarithm: take the scores again
         exact = top_k is None and probs.dtype in (torch.float32, torch.float64)
-        entropy = _entropy(_exact_probs(probs, scores, dim, top_k, exact).masked_fill(hidden, 0.0), dim)
-        visible = visible if top_k is None else visible.clamp_max(top_k)
-        ctx.save_for_backward(probs, hidden, None if exact else scores)
+        p, log_p = (probs, _log(probs)) if exact else _probs(_exact_scores(scores), dim, top_k)
+        entropy = _entropy(p, log_p, dim).masked_fill(visible == 0, 0.0)
+        ctx.save_for_backward(probs, None if exact else scores, entropy, visible)
         ctx.dim, ctx.top_k, ctx.dtype = dim, top_k, scores.dtype
+        visible = visible if top_k is None else visible.clamp_max(top_k)
         ctx.mark_non_differentiable(visible)
         ctx.set_materialize_grads(False)
         return probs, entropy, visible
@@ -250,15 +275,15 @@ class _SoftmaxEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_probs: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple:
         """Join the gradient of the probabilities with that of the entropy."""
-        probs, hidden, scores = ctx.saved_tensors
+        probs, scores, entropy, visible = ctx.saved_tensors
         grad = None
         if grad_probs is not None:
-            weighted = probs * grad_probs
-            grad = weighted - probs * weighted.sum(ctx.dim, keepdim=True)
+            grad = torch._softmax_backward_data(grad_probs, probs, ctx.dim, probs.dtype)
         if grad_entropy is not None:
-            exact = _exact_probs(probs, scores, ctx.dim, ctx.top_k, scores is None).masked_fill(hidden, 0.0)
-            pull = _entropy_pull(exact, ctx.dim) * grad_entropy.unsqueeze(ctx.dim)
-            grad = pull if grad is None else grad + pull
+            p, log_p = (probs, _log(probs)) if scores is None else _probs(_exact_scores(scores), ctx.dim, ctx.top_k)
+            pull = _entropy_push(p, log_p, entropy.unsqueeze(ctx.dim)).mul_(-grad_entropy.unsqueeze(ctx.dim))
+            pull.masked_fill_((visible == 0).unsqueeze(ctx.dim), 0.0)  # a row of -inf has probabilities NaN
+            grad = pull if grad is None else pull.add_(grad)
         return (None if grad is None else grad.to(ctx.dtype)), None, None, None
 
 
@@ -276,20 +301,22 @@ class _QueryKeyEntropy(torch.autograd.Function):
         is_causal: bool,
         top_k: int | None,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(query, key, bias, mask)
+        """Return query, key, the bias if there is one, and the entropy (batch, heads, queries)."""
+        entropy = _Scores(query, key, bias, mask, scale, is_causal, top_k).entropy()
+        ctx.save_for_backward(query, key, bias, mask, entropy)
         ctx.arguments = (scale, is_causal, top_k)
         ctx.set_materialize_grads(False)
-        entropy = _Scores(query, key, bias, mask, *ctx.arguments).entropy()
         passed = (tensor.view_as(tensor) for tensor in (query, key, bias) if tensor is not None)
         return (*passed, entropy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, bias, mask = ctx.saved_tensors
+        """Add the entropy's gradient to those of query, key and bias."""
+        query, key, bias, mask, entropy = ctx.saved_tensors
         *passed, grad_entropy = (*grads[:2], None, grads[2]) if bias is None else grads
         if grad_entropy is not None:
             scores = _Scores(query, key, bias, mask, *ctx.arguments)
-            pulls = scores.gradients(grad_entropy, bias is not None and ctx.needs_input_grad[2])
+            pulls = scores.gradients(entropy, grad_entropy, bias is not None and ctx.needs_input_grad[2])
             passed = [
                 grad if pull is None else pull.to(tensor.dtype) if grad is None else grad + pull.to(grad.dtype)
                 for grad, pull, tensor in zip(passed, pulls, (query, key, bias), strict=True)
@@ -300,7 +327,7 @@ class _QueryKeyEntropy(torch.autograd.Function):
 class _Scores:
     """Attention scores in blocks of about ``BLOCK_SCORES``, cut over the batch and, for long rows, over the queries.
 
-    Letters: B batch, H heads, G key heads, M queries, N keys, D dim.
+    Letters: B batch, H heads, G key heads, R = H / G heads that share a key, M queries, N keys, D dim.
     """
 
     def __init__(
@@ -314,141 +341,156 @@ class _Scores:
         top_k: int | None,
     ) -> None:
         lead = query.shape[:-2]
-        self.query, self.key = _as_bhmd(query, lead), _as_bhmd(key, lead)  # (B, H, M, D), (B, G, N, D)
-        self.bias, self.mask = _as_bhmd(bias, lead), _as_bhmd(mask, lead)  # broadcastable to (B, H, M, N)
-        self.shapes = query.shape, key.shape, None if bias is None else bias.shape
+        # (batch, tokens, dim) is one head, so that blocks cut the batch, unless its first axis groups heads
+        axis = 0 if query.shape[0] != key.shape[0] else 1
+        self.query, self.key = _as_bhmd(query, lead, axis), _as_bhmd(key, lead, axis)  # (B, H, M, D), (B, G, N, D)
+        # broadcastable to (B, H, M, N)
+        self.bias = None if bias is None else _as_bhmd(bias, lead, axis)
+        self.mask = None if mask is None else _as_bhmd(mask, lead, axis)
+        self.shapes, self.bias_shape = (query.shape, key.shape), None if bias is None else bias.shape
         self.scale, self.is_causal, self.top_k = scale, is_causal, top_k
 
     def entropy(self) -> Tensor:
-        """Entropy of every row in nats, (batch, heads, queries)."""
-        entropy = self.query.new_empty(self.query.shape[:3], dtype=_exact_dtype(self.query))
-        for block in self._blocks():
-            _cut(entropy.unsqueeze(-1), block).squeeze(-1).copy_(_entropy(self._probs(block), -1))
+        """Entropy of every row in nats, (batch, heads, queries); without meaning where a row sees no key."""
+        entropy = self.query.new_empty(*self.query.shape[:3], 1, dtype=_exact_dtype(self.query))
+        with torch.autocast(self.query.device.type, enabled=False):
+            for block, q, k in self._blocks():
+                part = _cut(entropy, block)
+                part.copy_(_entropy(*self._probs(block, q, k), -1).unsqueeze(-1))
         return entropy.reshape(self.shapes[0][:-1])
 
-    def gradients(self, grad_entropy: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def gradients(self, entropy: Tensor, grad_entropy: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradient of ``(entropy * grad_entropy).sum()`` in query, key and bias."""
-        grad_entropy = grad_entropy.reshape(*self.query.shape[:3], 1)
-        dtype = _exact_dtype(self.query)
-        for_query = torch.empty_like(self.query, dtype=dtype)
-        for_key = torch.zeros_like(self.key, dtype=dtype)
-        for_bias = torch.zeros_like(self.bias, dtype=dtype) if with_bias and self.bias is not None else None
-        for block in self._blocks():
-            grad_scores = _entropy_pull(self._probs(block), -1).mul_(_cut(grad_entropy, block))
-            q, k = self._query_key(block)
-            with torch.autocast(q.device.type, enabled=False):
-                _cut(for_query, block).copy_(grad_scores @ k).mul_(self.scale)
-                for_heads = grad_scores.transpose(-1, -2) @ q
-            for_key[block[0]].add_(for_heads.unflatten(1, (self.key.shape[1], -1)).sum(2), alpha=self.scale)
-            if for_bias is not None:
-                part = _cut(for_bias, block)
-                part.add_(grad_scores.sum_to_size(part.shape))
-        return (
-            for_query.reshape(self.shapes[0]),
-            for_key.reshape(self.shapes[1]),
-            None if for_bias is None else for_bias.reshape(self.shapes[2]),
-        )
+        rows = (*self.query.shape[:3], 1)
+        entropy, grad_entropy = entropy.reshape(rows), grad_entropy.reshape(rows)
+        for_query = torch.empty_like(self.query, dtype=entropy.dtype)
+        for_key = torch.zeros_like(self.key, dtype=entropy.dtype)
+        for_bias = torch.zeros_like(self.bias, dtype=entropy.dtype) if with_bias and self.bias is not None else None
+        with torch.autocast(self.query.device.type, enabled=False):
+            for block, q, k in self._blocks():
+                push = _entropy_push(*self._probs(block, q, k), _cut(entropy, block))  # (B, H, M, N)
+                weight = -_cut(grad_entropy, block)  # (B, H, M, 1)
+                if for_bias is not None:
+                    part = _cut(for_bias, block)
+                    part.add_((push * weight).sum_to_size(part.shape))
+                push, weight = push.reshape(*q.shape[:3], k.shape[2]), (weight * self.scale).reshape(*q.shape[:3], 1)
+                part = _cut(for_query, block)
+                part.copy_(((push @ k) * weight).reshape(part.shape))
+                for_key[block[0]].add_(push.transpose(-1, -2) @ (q * weight))
+        return for_query.reshape(self.shapes[0]), for_key.reshape(self.shapes[1]), self._as_given(for_bias)
 
-    def _blocks(self) -> Iterator[tuple[slice, slice]]:
-        batch, heads, rows, keys = *self.query.shape[:3], self.key.shape[2]
-        row = max(1, heads * keys)
-        row_step = max(1, min(rows, BLOCK_SCORES // row))
-        batch_step = max(1, BLOCK_SCORES // (row * row_step)) if row_step == rows else 1
+    def _as_given(self, for_bias: Tensor | None) -> Tensor | None:
+        """Undo ``_as_bhmd``: sum over the batch axes that were expanded."""
+        if for_bias is None or self.bias_shape is None:
+            return None
+        lead = self.shapes[0][:-3]
+        if len(lead) > 1 and len(self.bias_shape) > 3:
+            for_bias = for_bias.unflatten(0, lead).sum_to_size(self.bias_shape)
+        return for_bias.reshape(self.bias_shape)
+
+    def _blocks(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """Slices of B and M with their queries (B, G, R M, D) and keys (B, G, N, D), upcast."""
+        batch, heads, rows, dim = self.query.shape
+        large = self.query.device.type != "cpu" or torch.compiler.is_compiling()
+        limit = BLOCK_SCORES * (LARGE_BLOCKS if large else 1)
+        row = max(1, heads * self.key.shape[2])
+        row_step = max(1, min(rows, limit // row))
+        batch_step = max(1, limit // (row * row_step)) if row_step == rows else 1
         for b in range(0, batch, batch_step):
+            k = _upcast(self.key[b : b + batch_step])
             for m in range(0, rows, row_step):
-                yield slice(b, b + batch_step), slice(m, m + row_step)
+                block = slice(b, b + batch_step), slice(m, m + row_step)
+                q = _upcast(_cut(self.query, block))
+                yield block, q.reshape(*k.shape[:2], heads // k.shape[1] * q.shape[2], dim), k
 
-    def _probs(self, block: tuple[slice, slice]) -> Tensor:
-        """Probabilities of a block; a row that sees nothing is all 0."""
-        q, k = self._query_key(block)
-        with torch.autocast(q.device.type, enabled=False):
-            scores = (q * self.scale) @ k.transpose(-1, -2)
+    def _probs(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities of a block (B, H, M, N) and their logarithms; uniform where a row sees nothing."""
+        scores = (q * self.scale) @ k.transpose(-1, -2)
+        heads = self.query.shape[1]
+        scores = scores.reshape(len(q), heads, q.shape[1] * q.shape[2] // heads, k.shape[2])
         hidden = None
         if self.mask is not None:
             hidden = ~_cut(self.mask, block)
         if self.bias is not None:
-            scores = scores + _cut(self.bias, block)
-            hidden = _cut(self.bias, block) <= MASKED_BIAS
+            bias = _cut(self.bias, block)
+            scores, hidden = scores + bias, bias <= MASKED_BIAS
         if self.is_causal:
-            queries = torch.arange(block[1].start, block[1].start + scores.shape[-2], device=q.device)
-            future = torch.arange(scores.shape[-1], device=q.device) > queries[:, None]
+            queries = torch.arange(block[1].start, block[1].start + scores.shape[2], device=q.device)
+            future = torch.arange(scores.shape[3], device=q.device) > queries[:, None]
             hidden = future if hidden is None else hidden | future
         if hidden is not None:
-            scores = scores.masked_fill(hidden, -math.inf)
-        if self.top_k is not None:
-            scores = _keep_top_k(scores, self.top_k, -1)
-        probs = _softmax(scores, -1)
-        return probs if hidden is None else probs.masked_fill(hidden, 0.0)
-
-    def _query_key(self, block: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-        q, k = _upcast(_cut(self.query, block)), _upcast(self.key[block[0]])
-        group = q.shape[1] // k.shape[1]
-        return q, k if group == 1 else k.repeat_interleave(group, 1)
+            scores = scores.masked_fill_(hidden, HIDDEN_SCORE)
+        return _probs(scores, -1, self.top_k)
 
 
-def _as_bhmd(tensor: Any, lead: torch.Size) -> Any:
+def _as_bhmd(tensor: Tensor, lead: torch.Size, axis: int) -> Tensor:
     """Bring (*lead, rows, columns), or a mask broadcastable to it, to four axes."""
-    if tensor is None or tensor.dim() == 4 == len(lead) + 2:
-        return tensor
-    if len(lead) == 1 and tensor.dim() == 3:  # (batch, queries, dim): one head, so that blocks cut the batch
-        return tensor.unsqueeze(1)
+    if len(lead) == 1 and tensor.dim() == 3:
+        return tensor.unsqueeze(axis)
     if len(lead) > 2 and tensor.dim() > 3:
         return tensor.expand(*lead[:-1], *tensor.shape[-3:]).flatten(0, -4)
     return tensor.reshape((1,) * (4 - tensor.dim()) + tensor.shape)
 
 
-def _cut(tensor: Tensor, block: tuple[slice, slice]) -> Tensor:
+def _cut(tensor: Tensor, block: Block) -> Tensor:
     """The block's part of a tensor (B, H, M, ...), whose broadcast axes stay."""
     if tensor.shape[0] > 1:
         tensor = tensor[block[0]]
     return tensor[:, :, block[1]] if tensor.shape[2] > 1 else tensor
 
 
-def _visible_keys(
+def _visible_to_queries(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, top_k: int | None
 ) -> Tensor:
     """Number of keys each query sees, broadcast to (batch, heads, queries)."""
-    rows, keys = query.shape[-2], key.shape[-2]
-    shown = None if attn_mask is None else attn_mask if attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
-    if is_causal:
-        past = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
-        visible = past.sum(-1) if shown is None else (past & shown).sum(-1)
-    elif shown is None:
-        visible = torch.full((), keys, device=query.device)
+    if attn_mask is None:
+        shown = torch.ones(1, dtype=torch.bool, device=query.device)
     else:
-        visible = shown.sum(-1) if shown.shape[-1] == keys else shown.sum(-1) * keys
+        shown = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask <= MASKED_BIAS)
+    visible = _count_shown(shown, query.shape[-2], key.shape[-2], is_causal)
     visible = visible if top_k is None else visible.clamp_max(top_k)
     return visible.expand(query.shape[:-1])
 
 
-def _visible(mask: Tensor | None, probs: Tensor, dim: int) -> Tensor:
-    shown = torch.ones_like(probs, dtype=torch.bool) if mask is None else mask.expand(probs.shape)
-    return shown.sum(dim)
+def _count_shown(shown: Tensor, rows: int, keys: int, is_causal: bool) -> Tensor:
+    """Number of shown keys of each query, in memory of the mask's own size."""
+    if not is_causal:
+        return shown.sum(-1) * (keys if shown.shape[-1] == 1 else 1)
+    past = torch.arange(1, rows + 1, device=shown.device).clamp_max(keys)
+    if shown.shape[-1] == 1:
+        return shown.squeeze(-1) * past
+    if shown.dim() > 1 and shown.shape[-2] > 1:
+        return shown.tril().sum(-1)
+    counts = shown.cumsum(-1)[..., past - 1]
+    return counts.squeeze(-2) if shown.dim() > 1 else counts
 
 
-def _entropy(probs: Tensor, dim: int) -> Tensor:
-    return torch.special.entr(probs).sum(dim)
+def _probs(scores: Tensor, dim: int, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Probabilities and their logarithms, finite for finite scores."""
+    if top_k is not None and top_k < scores.shape[dim]:
+        kept = scores.topk(top_k, dim)
+        scores = torch.full_like(scores, HIDDEN_SCORE).scatter(dim, kept.indices, kept.values)
+    log_probs = torch.log_softmax(scores, dim)
+    return log_probs.exp(), log_probs
 
 
-def _entropy_pull(probs: Tensor, dim: int) -> Tensor:
-    """dH/dscores = -p (log p + H), without the logarithm of 0."""
-    surprise = torch.special.entr(probs)
-    return surprise - probs * surprise.sum(dim, keepdim=True)
+def _log(probs: Tensor) -> Tensor:
+    """Logarithm, finite at 0, where it only ever meets its factor 0."""
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()
 
 
-def _exact_probs(probs: Tensor, scores: Tensor | None, dim: int, top_k: int | None, exact: bool) -> Tensor:
-    if exact:
-        return probs
-    assert scores is not None
-    scores = _upcast(scores)
-    return _softmax(scores if top_k is None else _keep_top_k(scores, top_k, dim), dim)
+def _entropy(probs: Tensor, log_probs: Tensor, dim: int) -> Tensor:
+    """Entropy of rows; overwrites ``log_probs``, because a fresh tensor costs more than the product."""
+    return 0 - log_probs.mul_(probs).sum(dim)  # not -0.0
 
 
-def _keep_top_k(scores: Tensor, top_k: int, dim: int) -> Tensor:
-    if top_k >= scores.shape[dim]:
-        return scores
-    kept = scores.topk(top_k, dim)
-    return torch.full_like(scores, -math.inf).scatter(dim, kept.indices, kept.values)
+def _entropy_push(probs: Tensor, log_probs: Tensor, entropy: Tensor) -> Tensor:
+    """Negative gradient of the entropy in the scores, ``p (log p + H)``."""
+    return (probs * log_probs).addcmul_(probs, entropy)
+
+
+def _exact_scores(scores: Tensor) -> Tensor:
+    return _upcast(scores).clamp_min(HIDDEN_SCORE)
 
 
 def _exact_dtype(tensor: Tensor) -> torch.dtype:
@@ -475,9 +517,14 @@ def _check_floating(name: str, tensor: Tensor) -> Tensor:
 def _check_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     if mask.dtype != torch.bool:
         raise ValueError(f"`mask` must be boolean (True = visible), got {mask.dtype}; use `mask.bool()`.")
-    if mask.dim() > len(shape) or any(m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False)):
+    if not _broadcastable(mask.shape, shape):
         raise ValueError(f"`mask` must be broadcastable to {tuple(shape)}, got {tuple(mask.shape)}.")
     return mask
+
+
+def _broadcastable(shape: torch.Size, full: torch.Size) -> bool:
+    pairs = zip(shape[::-1], full[::-1], strict=False)
+    return len(shape) <= len(full) and all(size in (1, wanted) for size, wanted in pairs)
 
 
 def _check_distribution(probs: Tensor, dim: int) -> None:
@@ -486,8 +533,8 @@ def _check_distribution(probs: Tensor, dim: int) -> None:
     wrong = (detached < 0).any() | ((total != 0) & ((total - 1).abs() > 0.05)).any()
     if wrong:
         raise ValueError(
-            "`probs` must be non-negative with rows that sum to 1: these are scores or a product that is no "
-            "distribution. Use `attention_entropy_from_scores` for scores before softmax, or set `dim`."
+            "`probs` must be non-negative with rows that sum to 1 over the visible keys: these are scores or a product "
+            "that is no distribution. Use `attention_entropy_from_scores` for scores before softmax, or set `dim`."
         )
 
 
@@ -509,12 +556,11 @@ def _check_query_key(query: Tensor, key: Tensor, attn_mask: Tensor | None, enabl
             raise ValueError(f"`query` heads {query.shape[-3]} must be a multiple of `key` heads {key.shape[-3]}.")
     if attn_mask is None:
         return
-    full = (*query.shape[:-1], key.shape[-2])
+    full = torch.Size((*query.shape[:-1], key.shape[-2]))
     if attn_mask.dtype != torch.bool and not torch.is_floating_point(attn_mask):
         raise ValueError(f"`attn_mask` must be boolean or floating point, got {attn_mask.dtype}; use `mask.bool()`.")
-    pairs = zip(attn_mask.shape[::-1], full[::-1], strict=False)
-    if attn_mask.dim() > len(full) or any(m not in (1, n) for m, n in pairs):
-        raise ValueError(f"`attn_mask` must be broadcastable to {full}, got {tuple(attn_mask.shape)}.")
+    if attn_mask.dim() == 0 or not _broadcastable(attn_mask.shape, full):
+        raise ValueError(f"`attn_mask` must be broadcastable to {tuple(full)}, got {tuple(attn_mask.shape)}.")
 
 
 def _describe(tensor: Tensor) -> str:

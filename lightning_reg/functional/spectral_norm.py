@@ -2,8 +2,9 @@ r"""Largest singular value of a weight, by power iteration, and the sigma-Repara
 
 Formula
     ``W_hat = (gain / sigma(W)) W`` with ``sigma = u^T W v``, u and v the leading singular vectors. With
-    ``G = dL/dW_hat`` and ``c = <G, W>``: ``dL/dgain = c / sigma``, ``dL/dW = (gain / sigma) G - (gain c / sigma^2) u v^T``,
-    so ``<dL/dW, W> = 0``: the loss does not see the scale of W.
+    ``G = dL/dW_hat`` and ``c = <G, W>``: ``dL/dgain = c / sigma`` and
+    ``dL/dW = (gain / sigma) G - (gain c / sigma^2) u v^T``, so ``<dL/dW, W> = 0``: the loss does not see the
+    scale of W.
 Source
     sigma-Reparam (Zhai et al. 2023, arXiv 2303.06296, section 3.2, where ``gain`` is called gamma).
 Input
@@ -14,7 +15,8 @@ Unit and range
 Default and why
     ``gain = sigma(W_0)`` preserves the function at the start (safe for fine-tuning); the paper starts at 1.
 Cost
-    One matrix-vector product and one pass over W in forward, three passes in backward, one iteration per optimizer step.
+    One matrix-vector product and one pass over W in forward, three passes in backward, one power iteration per
+    optimizer step.
 When it hurts
     Models that need sharp heads; see the evidence in the README. Weight decay on W only changes its effective
     learning rate; on ``gain`` it shrinks the function, so ``gain`` is left out of weight decay by default.
@@ -22,7 +24,7 @@ Not together with
     QK-norm on the same projections (it removes their scale already), or another parametrization of the weight.
 """
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,6 +63,8 @@ def leading_singular_triplet(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leading_right_vector(matrix: Tensor) -> Tensor:
+    if not torch.isfinite(matrix).all():
+        return torch.full_like(matrix[0], torch.nan)
     if min(matrix.shape) > GRAM_LIMIT:
         return _lanczos(matrix)
     if matrix.shape[0] >= matrix.shape[1]:
@@ -78,7 +82,8 @@ def _lanczos(matrix: Tensor, steps: int = 80, restarts: int = 20) -> Tensor:
     start = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     best = nn.functional.normalize(start.to(matrix.device), dim=0)
     for _ in range(restarts):
-        right, left, diagonal, above = [best], [], [], []
+        right, diagonal, above = [best], [], []
+        left: list[Tensor] = []
         for _ in range(steps):
             u = _orthogonalised(matrix @ right[-1], left)
             diagonal.append(u.norm())
@@ -103,7 +108,7 @@ def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def power_iteration_(matrices: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+def power_iteration_(matrices: list[Tensor], u: list[Tensor], v: list[Tensor]) -> None:
     """One step ``u = W v / |W v|``, ``v = W^T u / |W^T u|`` of many matrices (rows, columns), in place on u and v.
 
     All layers go through the same few kernels, except for the products.
@@ -118,7 +123,7 @@ def power_iteration_(matrices: Sequence[Tensor], u: Sequence[Tensor], v: Sequenc
 
 def rayleigh(matrices: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """``u^T W v`` of each part, (parts,)."""
-    return (u * _apply(matrices, v)).sum(-1)
+    return _inner(u, _apply(matrices, v))
 
 
 def spectral_reparam(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
@@ -139,60 +144,64 @@ def spectral_reparam(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transpo
 
 def weight_matrices(weight: Tensor, parts: int = 1, transposed: bool = False) -> Tensor:
     """View a weight as (parts, rows, columns), rows along the output axis."""
-    if transposed:
-        return weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
-    return weight.unflatten(0, (parts, -1)).flatten(2)
+    weight = weight.t() if transposed else weight
+    return weight.reshape(parts, weight.shape[0] // parts, -1)
 
 
 class _SpectralReparam(torch.autograd.Function):
-    """Closed-form backward: keeps only W, where autograd would keep W / sigma too."""
+    """Closed-form backward: keeps only W, where autograd would keep W / sigma too. Written for few kernel launches."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            sigma = rayleigh(weight_matrices(exact, len(gain), transposed), u.to(exact.dtype), v.to(exact.dtype))
+        with _full_precision(weight):
+            matrices = weight_matrices(_exact(weight), len(gain), transposed)
+            sigma = rayleigh(matrices, u.to(matrices.dtype), v.to(matrices.dtype))
             ctx.save_for_backward(weight, gain, u, v, sigma)
             ctx.transposed = transposed
-            return _scaled(exact, gain.to(exact.dtype) / sigma, transposed).to(weight.dtype)
+            return _as_weight(matrices * (gain / sigma).view(-1, 1, 1), weight, transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gain, u, v, sigma = ctx.saved_tensors
-        dtype, parts = sigma.dtype, len(gain)
-        with torch.autocast(weight.device.type, enabled=False):
-            matrices = weight_matrices(weight.to(dtype), parts, ctx.transposed)
-            grads = weight_matrices(grad.to(dtype), parts, ctx.transposed)
-            left, right = u.to(dtype), v.to(dtype)
+        with _full_precision(weight):
+            matrices = weight_matrices(_exact(weight), len(gain), ctx.transposed)
+            grads = weight_matrices(_exact(grad), len(gain), ctx.transposed)
+            u, v = u.to(matrices.dtype), v.to(matrices.dtype)
             if torch.is_grad_enabled():
-                sigma = rayleigh(matrices, left, right)  # a second derivative passes through sigma too
+                sigma = rayleigh(matrices, u, v)  # a second derivative passes through sigma too
             for_gain = _inner(grads, matrices) / sigma
-            factor = gain.to(dtype) / sigma
-            right = right * (factor * for_gain).unsqueeze(1)
-            for_weight = torch.addcmul(
-                grads * factor[:, None, None], left.unsqueeze(2), right.unsqueeze(1), value=-1.0
-            )
-            if ctx.transposed:
-                for_weight = for_weight.permute(2, 0, 1)
-            for_weight = for_weight.reshape(weight.shape).to(weight.dtype)
-        return for_weight, for_gain.to(gain.dtype), None, None, None
+            outer = u.unsqueeze(2), (v * for_gain.unsqueeze(1)).unsqueeze(1)
+            for_weight = torch.addcmul(grads, *outer, value=-1.0) * (gain / sigma).view(-1, 1, 1)
+        return _as_weight(for_weight, weight, ctx.transposed), for_gain.to(gain.dtype), None, None, None
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager:
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _as_weight(matrices: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """Inverse of ``weight_matrices``, in the dtype of ``weight``."""
+    if transposed:
+        return matrices.reshape(weight.shape[1], -1).t().to(weight.dtype)
+    return matrices.reshape(weight.shape).to(weight.dtype)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of ``a * b`` over each part, without its product in memory where the layout allows."""
+    """Sum of ``a * b`` over each part, without the product in memory where the layout allows."""
     if a.is_contiguous() and b.is_contiguous():
-        return torch.stack([torch.dot(x, y) for x, y in zip(a.flatten(1), b.flatten(1), strict=True)])
-    return (a * b).sum((1, 2))
-
-
-def _scaled(weight: Tensor, factor: Tensor, transposed: bool) -> Tensor:
-    axis = 1 if transposed else 0
-    parts = weight.unflatten(axis, (len(factor), -1))
-    shape = [1] * parts.dim()
-    shape[axis] = -1
-    return (parts * factor.view(shape)).flatten(axis, axis + 1)
+        return _stacked([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a.unbind(), b.unbind())])
+    return (a * b).flatten(1).sum(1)
 
 
 def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
     # one product a part: a batched product may round through TF32, a matrix-vector product does not
-    return torch.stack([torch.mv(matrix, vector) for matrix, vector in zip(matrices, vectors, strict=True)])
+    return _stacked([torch.mv(matrix, vector) for matrix, vector in zip(matrices.unbind(), vectors.unbind())])
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)

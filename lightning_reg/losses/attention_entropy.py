@@ -1,5 +1,6 @@
-"""Attention entropy as a loss: the objective, the sign and the reduction. The quantity is `functional.attention_entropy`."""
+"""Attention entropy as a loss: objective, sign and reduction. The quantity is `functional.attention_entropy`."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,13 +12,16 @@ from lightning_reg.functional.attention_entropy import (
     check_top_k,
     entropy_tap,
     normalize_entropy,
+    rows_with_choice,
     scores_tap,
+    visible_keys,
 )
 
 Objective = Literal["maximize", "minimize", "floor", "ceiling", "band", "target"]
 OBJECTIVES = ("maximize", "minimize", "floor", "ceiling", "band", "target")
 Level = Literal["query", "head", "site"]
 LEVELS = ("query", "head", "site")
+_LINEAR = ("maximize", "minimize")
 
 
 class AttentionEntropyLoss(nn.Module):
@@ -66,6 +70,7 @@ class AttentionEntropyLoss(nn.Module):
             raise ValueError(f"`level` must be one of {', '.join(LEVELS)}, got {level!r}.")
         self.objective, self.normalize, self.level = objective, normalize, level
         self.bound = _check_bound(objective, bound, normalize)
+        self._low, self._high = self.bound if isinstance(self.bound, tuple) else (self.bound or 0.0,) * 2
         self.top_k = check_top_k(top_k)
 
     def forward(
@@ -94,8 +99,7 @@ class AttentionEntropyLoss(nn.Module):
         if self.top_k is not None:
             raise ValueError(f"`top_k={self.top_k}` needs scores: use `from_scores`.")
         entropy = attention_entropy_from_probs(probs, mask=mask, dim=dim)
-        visible = torch.ones_like(probs, dtype=torch.bool) if mask is None else mask.expand(probs.shape)
-        return self.reduce(entropy, visible.sum(dim))[0]
+        return self.reduce(entropy, visible_keys(probs, mask, dim))[0]
 
     def reduce(self, entropy: Tensor, visible: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Penalty and mean entropy of rows.
@@ -109,19 +113,18 @@ class AttentionEntropyLoss(nn.Module):
             ``(penalty, value)``, scalars: what to minimise, and the mean entropy in the chosen unit, detached. Both
             are 0 when no row is valid.
         """
-        counted = visible > (1 if self.normalize else 0)
+        counted = rows_with_choice(visible, self.normalize)
         if valid is not None:
             counted = counted & valid
         if self.normalize:
             entropy = normalize_entropy(entropy, visible)
-        value = masked_mean(entropy.detach(), counted, "site")
-        if self.objective == "maximize":
-            return -masked_mean(entropy, counted, "site"), value
-        if self.objective == "minimize":
-            return masked_mean(entropy, counted, "site"), value
-        if self.level == "query":
-            return masked_mean(self._hinge(entropy), counted, "site"), value
-        return self._hinge(masked_mean(entropy, counted, self.level)).mean(), value
+        mean = masked_mean(entropy, counted, "site")
+        if self.objective in _LINEAR:
+            return mean if self.objective == "minimize" else -mean, mean.detach()
+        if self.level != "query":
+            axes = _averaged_axes(entropy, self.level)
+            entropy, counted = masked_mean(entropy, counted, self.level), counted.any(axes)
+        return masked_mean(self._hinge(entropy), counted, "site"), mean.detach()
 
     def extra_repr(self) -> str:
         """Arguments, as torch prints modules."""
@@ -130,36 +133,32 @@ class AttentionEntropyLoss(nn.Module):
 
     def _hinge(self, entropy: Tensor) -> Tensor:
         if self.objective == "target":
-            return (entropy - self.bound).square()
-        low = self.bound[0] if self.objective == "band" else self.bound
-        high = self.bound[1] if self.objective == "band" else self.bound
-        below, above = (low - entropy).relu(), (entropy - high).relu()
+            return (entropy - self._low).square()
+        below, above = (self._low - entropy).relu(), (entropy - self._high).relu()
         return {"floor": below, "ceiling": above, "band": below + above}[self.objective]
 
 
 def masked_mean(entropy: Tensor, counted: Tensor, level: str) -> Tensor:
-    """Mean of the counted rows of (batch, heads, queries): of all (``site``) or for each head (``head``)."""
-    axes = [axis for axis in range(entropy.dim()) if level == "site" or axis != entropy.dim() - 2]
-    if entropy.dim() == 0 or not axes:
-        return entropy * counted
-    return torch.where(counted, entropy, 0.0).sum(axes) / counted.sum(axes).clamp_min(1)
+    """Mean of the counted rows of (..., heads, queries), 0 for none: of all (``site``) or for each head (``head``)."""
+    axes = _averaged_axes(entropy, level)
+    return torch.where(counted, entropy, 0.0).sum(axes) / counted.expand(entropy.shape).sum(axes).clamp_min(1)
 
 
-def _check_bound(objective: str, bound: float | Sequence[float] | None, normalize: bool) -> float | tuple[float, ...] | None:
-    if objective in ("maximize", "minimize"):
+def _averaged_axes(entropy: Tensor, level: str) -> tuple[int, ...]:
+    return tuple(axis for axis in range(entropy.dim()) if level == "site" or axis != entropy.dim() - 2)
+
+
+def _check_bound(
+    objective: str, bound: float | Sequence[float] | None, normalize: bool
+) -> float | tuple[float, ...] | None:
+    if objective in _LINEAR:
         if bound is not None:
             raise ValueError(f"`bound` has no meaning for objective {objective!r}, got {bound}; leave it out.")
         return None
-    wanted = "a pair (low, high)" if objective == "band" else "a number"
-    count = 2 if objective == "band" else 1
-    numbers = (
-        None
-        if bound is None
-        else (float(bound),)
-        if isinstance(bound, (int, float))
-        else tuple(float(number) for number in bound)
-    )
-    if numbers is None or len(numbers) != count or any(number < 0 for number in numbers) or sorted(numbers) != list(numbers):
+    count, wanted = (2, "a pair (low, high)") if objective == "band" else (1, "a number")
+    given = bound if isinstance(bound, Sequence) else () if bound is None else (bound,)
+    numbers = tuple(float(number) for number in given)
+    if len(numbers) != count or numbers[0] > numbers[-1] or not all(0 <= number < math.inf for number in numbers):
         raise ValueError(f"`bound` of objective {objective!r} must be {wanted} >= 0, got {bound}.")
     if normalize and numbers[-1] > 1:
         raise ValueError(f"`bound` of a normalised entropy must be <= 1, got {bound}; set `normalize=False` for nats.")
