@@ -234,10 +234,10 @@ def log_values(pl_module: pl.LightningModule, engine: Engine) -> None:
     for regularizer in engine.regularizers:
         if regularizer.name not in engine.totals:
             continue
+        for site, of_site in engine.layers[regularizer.name].items():  # first: a bad value is reported by its site
+            entries[f"reg/{regularizer.name}/layers/{site}"] = of_site
         value, weighted = engine.totals[regularizer.name]
         entries |= {f"reg/{regularizer.name}/value": value, f"reg/{regularizer.name}/weighted": weighted}
-        for site, of_site in engine.layers[regularizer.name].items():
-            entries[f"reg/{regularizer.name}/layers/{site}"] = of_site
     if not entries:
         return
     packed = torch.stack([entry.to(pl_module.device, torch.float64) for entry in entries.values()]).cpu()
