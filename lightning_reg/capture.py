@@ -12,7 +12,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_reg.engine import Engine, Tap
 
-Target = Union[str, type, Callable[[str, nn.Module], bool]]
-Targets = Union[Target, Sequence[Target], None]
+Target = str | type | Callable[[str, nn.Module], bool]
+Targets = Target | Sequence[Target] | None
 
 SITE = "_lightning_reg_site"
 _ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
@@ -97,7 +97,7 @@ def projection_sizes(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_conv1d(module):
-        return module.nx, module.nf
+        return module.nx, module.nf  # type: ignore[return-value]
     if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
         return module.in_channels, module.out_channels
     return None
@@ -115,7 +115,8 @@ def find_down_projections(root: nn.Module) -> list[str]:
     Projections of attention are left out by the names of their parents.
     """
     sizes = {name: size for name, module in named_modules(root).items() if (size := projection_sizes(module))}
-    found, earlier = [], []
+    found: list[str] = []
+    earlier: list[tuple[str, tuple[int, int]]] = []
     for name, (wide, narrow) in sizes.items():
         parents = [name.rpartition(".")[0]]
         parents.append(parents[0].rpartition(".")[0] if "." in parents[0] else parents[0])
@@ -157,7 +158,7 @@ def _own_class(module: nn.Module) -> type:
 
 
 def padding_free(shown: Tensor, rows: int) -> Tensor | None:
-    """Queries that are no padding, (batch, heads, queries), from the keys each query sees (batch, heads, queries, keys).
+    """Queries that are no padding, (batch, heads, queries), from what each sees, (batch, heads, queries, keys).
 
     In self-attention a token that no query sees is padding, so its own row does not count either. None if unknown.
     """
@@ -308,9 +309,11 @@ def _attention(
     )  # fmt: skip
 
 
-def _watched_softmax(original: Callable[..., Tensor], scores: Tensor, dim: int | None, args: tuple, kwargs: dict) -> Tensor:
-    site = _current_site(softmax=True) if dim is not None and torch.is_floating_point(scores) else None
-    if site is None or site.engine is None or not site.takes_softmax(scores, dim):
+def _watched_softmax(
+    original: Callable[..., Tensor], scores: Tensor, dim: int | None, args: tuple, kwargs: dict
+) -> Tensor:
+    site = _current_site(softmax=True) if torch.is_floating_point(scores) else None
+    if dim is None or site is None or site.engine is None or not site.takes_softmax(scores, dim):
         return original(scores, dim, *args, **kwargs)
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
     return site.engine.observe_scores(site, scores, dim, dtype)

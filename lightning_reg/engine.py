@@ -12,7 +12,7 @@ gradient, scaled by the gradient that the joined loss received.
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from functools import wraps
 from types import TracebackType
@@ -83,6 +83,18 @@ class _Inject(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor, None, None]:
         scale = ctx.engine.gradient.to(ctx.like.device) * ctx.coefficient.to(ctx.like.device)
         return grad, scale.to(ctx.like.dtype), None, None
+
+
+class _Through(torch.autograd.Function):
+    """``tensor`` unchanged; the backward also visits ``beside``, with gradient 0."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, beside: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(grad)
 
 
 class Engine:
@@ -359,17 +371,18 @@ class Engine:
             return capture.plain_softmax(scores, dim, dtype)
         square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2] and dim in (-1, 3)
         valid = capture.padding_free(scores.detach() > MASKED_BIAS, scores.shape[-1]) if square else None
-        probs = None
-        for taps in _by_top_k(site.attention):
+        probs: Tensor | None = None
+        # the live ones last: the model goes on with the probabilities of the last, joined to its entropy
+        for taps in sorted(_by_top_k(site.attention), key=lambda taps: any(tap.live for tap in taps)):
             live = any(tap.live for tap in taps)
             if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
                 continue
             with torch.set_grad_enabled(live and torch.is_grad_enabled()):
                 seen, entropy, visible = scores_tap(scores, dim=dim, dtype=dtype, top_k=taps[0].regularizer.top_k)
+            (seen,) = self._see_entropy(mode, taps, (seen,), entropy, visible, valid)
             if live:
-                probs = seen
-            passed = self._see_entropy(mode, taps, (probs if live else seen,), entropy, visible, valid)
-            probs = passed[0] if live else probs
+                # an injected gradient needs a way to the loss: keep that of the probabilities left behind
+                probs = seen if probs is None else _Through.apply(seen, probs)
             if not torch.compiler.is_compiling():
                 for tap in taps:
                     tap.shape, tap.method = _sizes(scores), f"softmax over axis {dim}"
@@ -570,7 +583,7 @@ def _inside_function() -> bool:
             context = frame.f_locals.get(code.co_varnames[0])
             if isinstance(context, torch.autograd.function.FunctionCtx):
                 # one that no gradient reaches will not be repeated
-                return any(context.needs_input_grad)
+                return any(context.needs_input_grad)  # type: ignore[attr-defined]
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -1,5 +1,6 @@
 """The case matrix: parameters after training equal those of a hand-written `training_step`, to rounding."""
 
+import math
 from typing import Any
 
 import pytest
@@ -275,3 +276,49 @@ class GradientPenalty(tiny.Tiny):
 def test_double_backward_through_taps_is_exact() -> None:
     wanted = tiny.fit(GradientPenalty(handwritten=True))
     assert tiny.distance(tiny.fit(GradientPenalty(), tiny.regularizers()), wanted) <= EXACT
+
+
+class Unfused(tiny.Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, tiny.HEADS, width // tiny.HEADS).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) * (width // tiny.HEADS) ** -0.5
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "nonreentrant", "reentrant"])
+@pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "softmax"])
+def test_several_entropies_of_one_attention_are_exact(fused: bool, use_reentrant: bool | None) -> None:
+    """Three regularizers on the same scores, two of them the whole row and one its two largest scores."""
+
+    def run(use_reentrant: bool | None) -> torch.Tensor:
+        module = tiny.Tiny(use_reentrant=use_reentrant)
+        if not fused:
+            for block in module.net.blocks:
+                other = Unfused()
+                other.load_state_dict(block.attention.state_dict())
+                block.attention = other
+        callbacks = [
+            tiny.AttentionEntropyRegularizer(1.5, name="a"),
+            tiny.AttentionEntropyRegularizer(1.0, name="b", top_k=2, objective="minimize"),
+            tiny.AttentionEntropyRegularizer(0.5, name="c"),
+            tiny.AttentionEntropyRegularizer(0.0, name="d", top_k=3),
+        ]
+        return tiny.fit(module, callbacks)
+
+    def term(net: tiny.Net, x: torch.Tensor) -> torch.Tensor:
+        terms = []
+        for block in net.blocks:
+            q, k, _ = block.attention.qkv(x).view(*x.shape[:2], 3, tiny.HEADS, -1).permute(2, 0, 3, 1, 4)
+            scores = q @ k.mT / 2
+            whole, two = scores.log_softmax(-1), scores.topk(2).values.log_softmax(-1)
+            entropy = [-(log_p.exp() * log_p).sum(-1).mean() for log_p in (whole, two)]
+            terms.append(-2.0 * entropy[0] / math.log(tiny.TOKENS) + entropy[1] / math.log(2))
+            x = block(x)
+        return torch.stack(terms).mean()
+
+    class Handwritten(tiny.Tiny):
+        def loss(self, x: torch.Tensor) -> torch.Tensor:
+            return super().loss(x) + term(self.net, x)
+
+    assert tiny.distance(run(use_reentrant), tiny.fit(Handwritten())) <= EXACT

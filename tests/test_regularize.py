@@ -5,6 +5,7 @@ import torch
 from tests import tiny
 
 from lightning_reg import regularize
+from lightning_reg.callbacks import AttentionEntropyRegularizer, SigmaReparam
 from tests.test_engine import EXACT
 
 
@@ -41,3 +42,48 @@ def test_hand_written_loop_equals_the_handwritten_loss() -> None:
 def test_add_outside_the_block_raises() -> None:
     with pytest.raises(RuntimeError, match="inside the `with regularize"):
         regularize(tiny.Net(), tiny.regularizers()).add(torch.zeros(()))
+
+
+def test_sigma_reparam_joins_a_hand_written_loop() -> None:
+    torch.manual_seed(0)
+    net = tiny.Net()
+    names = list(net.state_dict())
+    with regularize(net, [SigmaReparam(), *tiny.regularizers()]) as reg:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        gains = [parameter for name, parameter in net.named_parameters() if name.endswith("gain")]
+        start = [gain.detach().clone() for gain in gains]
+        for (x,) in tiny.loader(4):
+            optimizer.zero_grad()
+            reg.add((net(x) - x.roll(1, 1)).square().mean()).backward()
+            optimizer.step()
+        assert gains
+        assert all(not torch.equal(gain, before) for gain, before in zip(gains, start, strict=True))
+        net.eval()
+        trained = net(x)
+    assert list(net.state_dict()) == names
+    assert torch.equal(net(x), trained)
+
+
+def test_failed_start_leaves_nothing_behind() -> None:
+    net = tiny.Net()
+    names = list(net.state_dict())
+    with pytest.raises(ValueError, match="matches no module"):
+        regularize(
+            net, [SigmaReparam(), *tiny.regularizers(), AttentionEntropyRegularizer(1.0, name="other", targets="nothing")]
+        ).__enter__()
+    assert list(net.state_dict()) == names
+    assert not any(part._forward_pre_hooks for part in net.modules())
+
+
+def test_second_registration_is_refused() -> None:
+    net = tiny.Net()
+    with regularize(net, tiny.regularizers()):
+        with pytest.raises(RuntimeError, match="already regularized"):
+            regularize(net, tiny.regularizers()).__enter__()
+    twice = AttentionEntropyRegularizer(1.0)
+    with pytest.raises(
+        ValueError, match="`name` must differ between regularizers of one model, got 'attention_entropy'"
+    ):
+        regularize(net, [twice, AttentionEntropyRegularizer(1.0)]).__enter__()
+    with pytest.raises(ValueError, match="`callbacks` must hold at least one"):
+        regularize(net, [])

@@ -2,18 +2,15 @@
 
 from lightning_reg.callbacks.activation_density import ActivationDensityRegularizer
 from lightning_reg.callbacks.attention_entropy import AttentionEntropyRegularizer
+from lightning_reg.callbacks.monitor import RegMonitor
 from lightning_reg.callbacks.regularizer import Regularizer
-from lightning_reg.callbacks.spectral_norm import (
-    SigmaReparam,
-    apply_sigma_reparam,
-    fold_checkpoint,
-    merge_sigma_reparam,
-    update_sigma_reparam,
-)
+from lightning_reg.callbacks.spectral_norm import SigmaReparam
+from lightning_reg.reparam import apply_sigma_reparam, fold_checkpoint, merge_sigma_reparam, update_sigma_reparam
 
 __all__ = [
     "ActivationDensityRegularizer",
     "AttentionEntropyRegularizer",
+    "RegMonitor",
     "Regularizer",
     "SigmaReparam",
     "apply_sigma_reparam",

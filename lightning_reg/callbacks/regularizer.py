@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,7 @@ from lightning_reg.schedules import Schedule
 if TYPE_CHECKING:
     from lightning_reg.engine import Tap
 
-Mask = Union[str, int, Callable[[Any], Tensor], None]
+Mask = str | int | Callable[[Any], Tensor] | None
 
 
 class Observer:
@@ -66,8 +66,8 @@ class Observer:
         except (KeyError, IndexError, TypeError) as error:
             keys = f" with keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
             raise ValueError(
-                f"`mask={self.mask!r}` is not in the batch, a {type(batch).__name__}{keys}; give its key, its index, or "
-                "a function of the batch."
+                f"`mask={self.mask!r}` is not in the batch, a {type(batch).__name__}{keys}; give its key, its "
+                "index, or a function of the batch."
             ) from error
         if not isinstance(mask, Tensor):
             raise ValueError(f"`mask={self.mask!r}` must select a tensor, got {type(mask).__name__}.")

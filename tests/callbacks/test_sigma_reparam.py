@@ -18,15 +18,15 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 from torch.optim import lr_scheduler
 
-from lightning_reg.callbacks.spectral_norm import (
+from lightning_reg.callbacks import (
     SigmaReparam,
-    SpectralParametrization,
     apply_sigma_reparam,
     fold_checkpoint,
     merge_sigma_reparam,
     update_sigma_reparam,
 )
 from lightning_reg.functional import spectral_norm
+from lightning_reg.reparam import SpectralParametrization
 from tests import tiny
 
 pytestmark = [
@@ -894,7 +894,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tests import tiny
-from lightning_reg.callbacks.spectral_norm import SigmaReparam, apply_sigma_reparam, merge_sigma_reparam
+from lightning_reg.callbacks import SigmaReparam, apply_sigma_reparam, merge_sigma_reparam
 
 class Sharded(tiny.Tiny):
     def __init__(self, built):
