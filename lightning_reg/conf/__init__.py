@@ -1,1 +1,1 @@
-"""Hydra presets of the regularizers, found by every Hydra project through ``hydra_plugins.lightning_reg_searchpath``."""
+"""Hydra presets of the regularizers; ``hydra_plugins.lightning_reg_searchpath`` shows them to every Hydra project."""
