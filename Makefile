@@ -1,18 +1,44 @@
 PYTHON ?= python3
 VENV := .venv
+BIN := $(VENV)/bin
+EXPERIMENT ?= quickstart
+ARGS ?=
 
-.PHONY: help test lint
-help: ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint bench clean
 
+help: ## show this help
+	@echo "lightning_reg: training-time regularization for any LightningModule"
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo
+	@echo '  make train EXPERIMENT=fashion_mnist ARGS="seed=1 logger=csv"'
+	@echo '  experiments: $(basename $(notdir $(wildcard conf/experiment/*.yaml)))'
+
+install: $(VENV)/.installed ## create .venv and install, once for each change of pyproject.toml
+
+train: install ## train the quickstart, with and without regularization, and write a report
+	$(BIN)/python -m experiments.train experiment=$(EXPERIMENT) $(ARGS)
+
+test: lint ## ruff, mypy, and every test
+	$(BIN)/python -m pytest -n 2 tests lightning_reg --doctest-modules $(ARGS)
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install ## what each callback costs in time and memory, on this machine
+	$(BIN)/python -m experiments.benchmarks.overhead $(ARGS)
+
+clean: ## remove .venv and all outputs
+	rm -rf $(VENV) outputs
+
+# torch first and pinned: what resolves it later might pick a build that does not fit torchvision
 $(VENV)/.installed: pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q torch==2.14.1 torchvision==0.29.1
-	$(VENV)/bin/python -m pip install -q -e ".[dev]"
-	touch $@
-
-test: $(VENV)/.installed ## install if needed and run the tests
-	$(VENV)/bin/python -m pytest tests lightning_reg --doctest-modules
-
-lint: $(VENV)/.installed ## ruff
-	$(VENV)/bin/ruff check lightning_reg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make needs Python 3.11 or newer, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "the venv module is missing: sudo apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@

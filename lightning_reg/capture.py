@@ -151,6 +151,11 @@ def named_modules(root: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled, as a wrapper or in place."""
+    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+
+
 def _own_class(module: nn.Module) -> type:
     """Class of a module before a parametrization or sharding replaced it by a subclass."""
     replaced = ("torch.nn.utils.parametrize", "torch.distributed.")

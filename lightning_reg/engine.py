@@ -154,8 +154,7 @@ class Engine:
         if regularizer.penalizes:
             self.regularizers.append(regularizer)
         self.taps[regularizer] = [self._tap(name, modules[name], regularizer, explicit) for name, explicit in found]
-        if any(hasattr(module, "_compiled_call_impl") and module._compiled_call_impl is not None
-               or type(module).__name__ == "OptimizedModule" for module in model.modules()):  # fmt: skip
+        if any(capture.is_compiled(module) for module in model.modules()):
             # code compiled before the hooks existed ignores them (pytorch#117758)
             torch.compiler.reset()
             self._compiled = True
@@ -275,7 +274,8 @@ class Engine:
     def _total(self, regularizer: "Observer", taps: list[Tap], device: torch.device) -> Tensor | None:
         penalties, values, layers = [], [], {}
         for tap in taps:
-            tap.collected, tap.expected, tap.injected, tap.deferred = len(tap.records) - tap.deferred, tap.deferred, 0, 0
+            tap.collected, tap.expected = len(tap.records) - tap.deferred, tap.deferred
+            tap.injected = tap.deferred = 0
             self._check_gradient(tap)
             penalties += [penalty.to(device) for penalty, _ in tap.records if penalty is not None]
             if tap.records:
@@ -319,7 +319,7 @@ class Engine:
     def observe_hidden(self, site: capture.Site, x: Tensor) -> Tensor:
         """Show the input of a projection to the taps of ``site``; returns the tensor to go on with."""
         mode = self._mode()
-        self._compiled |= torch.compiler.is_compiling()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             return x
         for tap in site.hidden:
@@ -340,11 +340,13 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         """Show queries and keys to the taps of ``site``; returns the tensors to go on with."""
         mode = self._mode()
-        self._compiled |= torch.compiler.is_compiling()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             return query, key, attn_mask
         shown = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
-        valid = None if shown is None or query.shape[-2] != key.shape[-2] else capture.padding_free(shown, key.shape[-2])
+        valid = (
+            None if shown is None or query.shape[-2] != key.shape[-2] else capture.padding_free(shown, key.shape[-2])
+        )
         for taps in _by_top_k(site.attention):
             live = any(tap.live for tap in taps)
             if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
@@ -365,7 +367,7 @@ class Engine:
     def observe_scores(self, site: capture.Site, scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
         """Show attention scores to the taps of ``site``; returns their softmax."""
         mode = self._mode()
-        self._compiled |= torch.compiler.is_compiling()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             # not `torch.softmax`, which is watched and would come back here
             return capture.plain_softmax(scores, dim, dtype)
@@ -399,6 +401,10 @@ class Engine:
             penalty, value = tap.regularizer.see_attention(rows, visible, _and_tokens(valid, tap.mask, rows))
             tensors = self._record(mode, tap, tensors, penalty if tap.live else None, value)
         return tensors
+
+    def _note_compiling(self) -> None:
+        if torch.compiler.is_compiling():
+            self._compiled = True  # written, never read: a read would become a guard
 
     def _mode(self) -> Mode:
         gradient = torch.is_grad_enabled()
@@ -460,7 +466,7 @@ class Engine:
             )
 
 
-class regularize:  # noqa: N801 - reads as a verb: `with regularize(model, [...]) as reg`
+class regularize:
     """Regularizers in a hand-written training loop.
 
     Inside the ``with`` block the forward passes of ``model`` in training mode are watched, and ``add`` joins what they
@@ -604,7 +610,9 @@ def _print_matches(rows: list[tuple[Tap, "Observer"]]) -> None:
 
     table = Table("regularizer", "module", "role", "shape", "caught at")
     for tap, regularizer in rows:
-        table.add_row(regularizer.name, tap.site.label, regularizer.role, tap.shape or "compiled", tap.method or "compiled")
+        table.add_row(
+            regularizer.name, tap.site.label, regularizer.role, tap.shape or "compiled", tap.method or "compiled"
+        )
     console = Console(width=140)
     with console.capture() as text:
         console.print(table)

@@ -108,7 +108,7 @@ def _shorten(name: str) -> str:
     return name if len(name) <= LONGEST_LABEL else "…" + name[-LONGEST_LABEL + 1 :]
 
 
-def log_figure(logger: Any, key: str, figure: "Figure", step: int) -> None:
+def log_figure(logger: Any, key: str, figure: "Figure", step: int, *, directory: str | Path | None = None) -> None:
     """Hand a figure to a Lightning logger, or write it as PNG where the logger keeps its files.
 
     Args:
@@ -116,6 +116,7 @@ def log_figure(logger: Any, key: str, figure: "Figure", step: int) -> None:
         key: Name of the figure, with slashes.
         figure: A matplotlib figure.
         step: Step of the x-axis that Lightning gives its own metrics.
+        directory: Where the file goes when the logger keeps none.
 
     Raises:
         ValueError: If the logger has no figures and no directory.
@@ -132,10 +133,10 @@ def log_figure(logger: Any, key: str, figure: "Figure", step: int) -> None:
     elif "MLFlowLogger" in kinds:
         logger.experiment.log_figure(logger.run_id, figure, f"{key}/{step:08d}.png")
     else:
-        directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+        directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or directory
         if directory is None:
             raise ValueError(
-                f"`logger` must take figures or have a `log_dir`, got {type(logger).__name__}. Add a `CSVLogger`."
+                f"`logger` must take figures or have a `log_dir`, got {type(logger).__name__}. Set `directory`."
             )
         save_figure(directory, key, figure, step)
 

@@ -408,6 +408,7 @@ def merge_sigma_reparam(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def merge_layers(layers: list[Layer]) -> list[str]:
+    """Merge some of the layers; their names."""
     for layer in layers:
         if is_sharded(layer.original):
             raise RuntimeError(

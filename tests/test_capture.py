@@ -9,12 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from tests.mil import ABMIL, bags
 from torch import Tensor, nn
 
 from lightning_reg import capture, regularize
 from lightning_reg.callbacks import ActivationDensityRegularizer, AttentionEntropyRegularizer
 from lightning_reg.engine import Engine
+from tests.mil import ABMIL, bags
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor is True.*")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tests import tiny
 from torch import nn
 
 from lightning_reg.callbacks import ActivationDensityRegularizer, AttentionEntropyRegularizer, SigmaReparam
 from lightning_reg.engine import Engine
 from lightning_reg.schedules import Cosine, Linear
+from tests import tiny
 from tests.test_engine import DIFFERENT, assert_untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty.*")
@@ -117,7 +117,9 @@ def test_value_weight_weighted_and_layers_are_logged(name: str, tmp_path: Path) 
 
 def test_logged_value_is_the_entropy_not_the_penalty() -> None:
     for objective, bound in (("maximize", None), ("minimize", None), ("floor", 0.9), ("target", 0.5)):
-        trainer = tiny.trainer([AttentionEntropyRegularizer(1e-9, objective=objective, bound=bound)], log_every_n_steps=1)
+        trainer = tiny.trainer(
+            [AttentionEntropyRegularizer(1e-9, objective=objective, bound=bound)], log_every_n_steps=1
+        )
         trainer.fit(tiny.Tiny(batches=1))
         assert 0.9 < trainer.logged_metrics["reg/attention_entropy/value"] <= 1
 
@@ -218,7 +220,9 @@ def test_checkpoint_of_another_configuration_is_refused(saved: Any, now: Any, ar
     before = (tmp_path / "last.ckpt").read_bytes()
     module = tiny.Tiny()
     again = tiny.trainer([now, ModelCheckpoint(tmp_path, filename="next")], max_epochs=2, enable_checkpointing=True)
-    with pytest.raises(ValueError, match=f"`{argument}` of .* but the checkpoint was trained with .*: set `{argument}="):
+    with pytest.raises(
+        ValueError, match=f"`{argument}` of .* but the checkpoint was trained with .*: set `{argument}="
+    ):
         again.fit(module, ckpt_path=str(tmp_path / "last.ckpt"))
     assert_untouched(module)
     assert (tmp_path / "last.ckpt").read_bytes() == before

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
-from tests import tiny
 
 from lightning_reg.capture import SITE
 from lightning_reg.engine import Engine
+from tests import tiny
 
 EXACT, DIFFERENT = 1e-6, 1e-3
 

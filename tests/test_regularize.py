@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests import tiny
 
 from lightning_reg import regularize
 from lightning_reg.callbacks import AttentionEntropyRegularizer, SigmaReparam
+from tests import tiny
 from tests.test_engine import EXACT
 
 
@@ -69,7 +69,8 @@ def test_failed_start_leaves_nothing_behind() -> None:
     names = list(net.state_dict())
     with pytest.raises(ValueError, match="matches no module"):
         regularize(
-            net, [SigmaReparam(), *tiny.regularizers(), AttentionEntropyRegularizer(1.0, name="other", targets="nothing")]
+            net,
+            [SigmaReparam(), *tiny.regularizers(), AttentionEntropyRegularizer(1.0, name="b", targets="nothing")],
         ).__enter__()
     assert list(net.state_dict()) == names
     assert not any(part._forward_pre_hooks for part in net.modules())
@@ -77,9 +78,8 @@ def test_failed_start_leaves_nothing_behind() -> None:
 
 def test_second_registration_is_refused() -> None:
     net = tiny.Net()
-    with regularize(net, tiny.regularizers()):
-        with pytest.raises(RuntimeError, match="already regularized"):
-            regularize(net, tiny.regularizers()).__enter__()
+    with regularize(net, tiny.regularizers()), pytest.raises(RuntimeError, match="already regularized"):
+        regularize(net, tiny.regularizers()).__enter__()
     twice = AttentionEntropyRegularizer(1.0)
     with pytest.raises(
         ValueError, match="`name` must differ between regularizers of one model, got 'attention_entropy'"

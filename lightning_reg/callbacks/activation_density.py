@@ -45,9 +45,7 @@ class ActivationDensityRegularizer(Regularizer):
         allow_unused: bool = False,
         name: str = "activation_density",
     ) -> None:
-        super().__init__(
-            weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name
-        )
+        super().__init__(weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name)
         self.loss = ActivationDensityLoss(epsilon, relative=relative)
 
     def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:

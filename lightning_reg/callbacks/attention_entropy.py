@@ -56,9 +56,7 @@ class AttentionEntropyRegularizer(Regularizer):
         allow_unused: bool = False,
         name: str = "attention_entropy",
     ) -> None:
-        super().__init__(
-            weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name
-        )
+        super().__init__(weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name)
         self.loss = AttentionEntropyLoss(objective, normalize=normalize, bound=bound, level=level, top_k=top_k)
         self.top_k = top_k
 

@@ -143,11 +143,11 @@ class _Weights:
 
     def _groups(self) -> list[list[str]]:
         """Labels whose weights are held at a time: in half precision or sharded they are copies."""
-        groups: list[list[str]] = [[]]
-        held = 0
+        groups: list[list[str]] = []
+        held = MOST_HELD
         for label, (owner, tensor, *_) in self.entries.items():
             size = owner._parameters[tensor].numel()  # type: ignore[union-attr]
-            if groups[-1] and held + size > MOST_HELD:
+            if held + size > MOST_HELD:
                 groups.append([])
                 held = 0
             groups[-1].append(label)
@@ -708,7 +708,7 @@ def _directory(trainer: pl.Trainer) -> Path:
 
 def _show(trainer: pl.Trainer, key: str, figure: Any, step: int) -> None:
     for logger in trainer.loggers:
-        plotting.log_figure(logger, key, figure, step)
+        plotting.log_figure(logger, key, figure, step, directory=trainer.default_root_dir)
     if not trainer.loggers:
         plotting.save_figure(trainer.default_root_dir, key, figure, step)
 

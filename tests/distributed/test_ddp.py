@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from tests import tiny
 
+from tests import tiny
 from tests.test_engine import DIFFERENT, EXACT, assert_untouched
 
 pytestmark = [
@@ -39,7 +39,9 @@ class Compiled(tiny.Tiny):
             block.compile(backend="aot_eager")
 
 
-def ddp_fit(module: Any, callbacks: list[Any] | None, strategy: dict[str, Any], settings: dict[str, Any]) -> torch.Tensor:
+def ddp_fit(
+    module: Any, callbacks: list[Any] | None, strategy: dict[str, Any], settings: dict[str, Any]
+) -> torch.Tensor:
     ddp = DDPStrategy(process_group_backend="gloo", start_method="fork", **strategy)
     return tiny.fit(module, callbacks, devices=2, strategy=ddp, **settings)
 

@@ -1,0 +1,1 @@
+"""What the regularizers cost: one script for each question, one harness for all."""

@@ -1,0 +1,66 @@
+"""A plain image classifier: it knows nothing of regularizers, which is the point."""
+
+import math
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(pl.LightningModule):
+    """Cross-entropy, AdamW, linear warm-up and cosine decay.
+
+    Args:
+        net: From images (batch, channels, height, width) to logits (batch, classes).
+        learning_rate: Peak of the schedule.
+        weight_decay: Of AdamW, on matrices only.
+        warmup: Share of the training in which the learning rate rises.
+    """
+
+    def __init__(
+        self, net: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 0.05, warmup: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(batch, "train", prog_bar=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str, prog_bar: bool = False) -> Tensor:
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro")
+        self.log(f"{stage}/loss", loss, prog_bar=prog_bar, batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total, self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _cosine(step: int, total: int, warmup: float) -> float:
+    rising = max(1, round(total * warmup))
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
