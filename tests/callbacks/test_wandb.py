@@ -22,13 +22,11 @@ def monitor() -> RegMonitor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, monitor: RegMonitor) -> Run:
-    import wandb
-
     folder: Path = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_SILENT", "true")
+        logger = WandbLogger(offline=True, save_dir=folder, project="tests")
         try:
-            logger = WandbLogger(offline=True, save_dir=folder, project="tests")
             callbacks = [
                 AttentionEntropyRegularizer(2.0, schedule=Cosine()),
                 ActivationDensityRegularizer(0.5, epsilon=0.01),
@@ -36,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, monitor: RegMonitor) -> Run:
             ]
             tiny.fit(tiny.Tiny(), callbacks, logger=logger, log_every_n_steps=4, max_epochs=2)
         finally:
-            wandb.finish()
+            logger.experiment.finish()  # not `wandb.finish()`: that ends whichever run is the current one
     return read_run(folder)
 
 
