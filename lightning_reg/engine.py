@@ -517,6 +517,7 @@ class regularize:
     ) -> None:
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()
+            self._optimizer_hook = None
         if (engine := Engine.find(self.model)) is not None:
             engine.close()
         for callback in reversed(self.callbacks):
@@ -531,8 +532,9 @@ class regularize:
         Raises:
             RuntimeError: If a regularizer saw nothing, naming it and the remedy.
         """
-        if (engine := Engine.find(self.model)) is None or not engine._handles:
+        if self._optimizer_hook is None:
             raise RuntimeError("`add` must be called inside the `with regularize(...)` block.")
+        engine = Engine.of(self.model)
         joined = engine.join(loss)
         engine.check_first_step()
         for regularizer in engine.regularizers:

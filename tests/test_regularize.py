@@ -64,6 +64,12 @@ def test_sigma_reparam_joins_a_hand_written_loop() -> None:
     assert torch.equal(net(x), trained)
 
 
+def test_sigma_reparam_alone_leaves_the_loss() -> None:
+    with regularize(tiny.Net(), [SigmaReparam()]) as reg:
+        loss = torch.ones((), requires_grad=True)
+        assert reg.add(loss) is loss
+
+
 def test_failed_start_leaves_nothing_behind() -> None:
     net = tiny.Net()
     names = list(net.state_dict())

@@ -241,15 +241,21 @@ def log_values(pl_module: pl.LightningModule, engine: Engine) -> None:
     if not entries:
         return
     packed = torch.stack([entry.to(pl_module.device, torch.float64) for entry in entries.values()]).cpu()
-    for (key, _), number in zip(entries.items(), packed, strict=True):
+    numbers = dict(zip(entries, packed, strict=True))
+    for key, number in numbers.items():
         if not torch.isfinite(number):
             raise RuntimeError(
                 f"`{key}` is {float(number)} at step {pl_module.global_step}: the activations there are not finite. "
                 "Lower the learning rate, or find the first bad batch with `Trainer(detect_anomaly=True)`."
             )
-        pl_module.log(key, number.float(), prog_bar=key.endswith("/value"), rank_zero_only=False)
+    # straight to the loggers: what goes through `log` Lightning looks at again in every step
+    layers = {key: float(number) for key, number in numbers.items() if "/layers/" in key}
+    pl_module.trainer._logger_connector.log_metrics(layers)  # type: ignore[arg-type]
+    for key, number in numbers.items():
+        if key not in layers:
+            pl_module.log(key, number.float(), prog_bar=key.endswith("/value"), batch_size=1)
     for regularizer in engine.regularizers:
-        pl_module.log(f"reg/{regularizer.name}/weight", regularizer.strength)
+        pl_module.log(f"reg/{regularizer.name}/weight", regularizer.strength, batch_size=1)
 
 
 def _total_steps(trainer: pl.Trainer, schedule: Schedule | None) -> int | None:

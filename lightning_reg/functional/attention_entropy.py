@@ -31,6 +31,7 @@ Not together with
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ BLOCK_SCORES = 2**17  # scores held at a time: 512 KiB in float32, which stay in
 LARGE_BLOCKS = 128  # times as many on an accelerator, where launches cost, and in compiled code, which unrolls blocks
 
 Block = tuple[slice, slice]  # of batch and queries
+WHOLE: Block = (slice(0, None), slice(0, None))
 
 # bound now: capture.py replaces the attribute while a training batch is in flight
 _softmax = torch.softmax
@@ -302,8 +304,8 @@ class _QueryKeyEntropy(torch.autograd.Function):
         top_k: int | None,
     ) -> tuple[Tensor, ...]:
         """Return query, key, the bias if there is one, and the entropy (batch, heads, queries)."""
-        entropy = _Scores(query, key, bias, mask, scale, is_causal, top_k).entropy()
-        ctx.save_for_backward(query, key, bias, mask, entropy)
+        entropy, push = _Scores(query, key, bias, mask, scale, is_causal, top_k).entropy()
+        ctx.save_for_backward(query, key, bias, mask, entropy, push)
         ctx.arguments = (scale, is_causal, top_k)
         ctx.set_materialize_grads(False)
         passed = (tensor.view_as(tensor) for tensor in (query, key, bias) if tensor is not None)
@@ -312,11 +314,14 @@ class _QueryKeyEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Add the entropy's gradient to those of query, key and bias."""
-        query, key, bias, mask, entropy = ctx.saved_tensors
+        query, key, bias, mask, entropy, push = ctx.saved_tensors
         *passed, grad_entropy = (*grads[:2], None, grads[2]) if bias is None else grads
         if grad_entropy is not None:
             scores = _Scores(query, key, bias, mask, *ctx.arguments)
-            pulls = scores.gradients(entropy, grad_entropy, bias is not None and ctx.needs_input_grad[2])
+            # what was kept knows nothing of its own derivative
+            kept = None if torch.is_grad_enabled() else push
+            with_bias = bias is not None and ctx.needs_input_grad[2]
+            pulls = scores.gradients(entropy, grad_entropy, with_bias, kept)
             passed = [
                 grad if pull is None else pull.to(tensor.dtype) if grad is None else grad + pull.to(grad.dtype)
                 for grad, pull, tensor in zip(passed, pulls, (query, key, bias), strict=True)
@@ -350,33 +355,56 @@ class _Scores:
         self.shapes, self.bias_shape = (query.shape, key.shape), None if bias is None else bias.shape
         self.scale, self.is_causal, self.top_k = scale, is_causal, top_k
 
-    def entropy(self) -> Tensor:
-        """Entropy of every row in nats, (batch, heads, queries); without meaning where a row sees no key."""
-        entropy = self.query.new_empty(*self.query.shape[:3], 1, dtype=_exact_dtype(self.query))
-        with torch.autocast(self.query.device.type, enabled=False):
-            for block, q, k in self._blocks():
-                part = _cut(entropy, block)
-                part.copy_(_entropy(*self._probs(block, q, k), -1).unsqueeze(-1))
-        return entropy.reshape(self.shapes[0][:-1])
+    def entropy(self) -> tuple[Tensor, Tensor | None]:
+        """Entropy of every row in nats, (batch, heads, queries), without meaning where a row sees no key.
 
-    def gradients(self, entropy: Tensor, grad_entropy: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        Scores that fit a block also leave ``p (log p + H)``, so that the backward need not take them again.
+        """
+        entropy = push = None
+        with _full_precision(self.query):
+            for block, q, k in self._blocks():
+                probs, log_probs = self._probs(block, q, k)
+                part = _entropy(probs, log_probs, -1).unsqueeze(-1)
+                if block is WHOLE and probs.numel() <= BLOCK_SCORES:
+                    # `_entropy` left p log p in log_probs
+                    entropy, push = part, log_probs.addcmul_(probs, part)
+                elif block is WHOLE:
+                    entropy = part
+                else:
+                    entropy = part.new_empty(*self.query.shape[:3], 1) if entropy is None else entropy
+                    _cut(entropy, block).copy_(part)
+        if entropy is None:  # no queries
+            entropy = self.query.new_zeros(*self.query.shape[:3], 1, dtype=_exact_dtype(self.query))
+        return entropy.reshape(self.shapes[0][:-1]), push
+
+    def gradients(
+        self, entropy: Tensor, grad_entropy: Tensor, with_bias: bool, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradient of ``(entropy * grad_entropy).sum()`` in query, key and bias."""
         rows = (*self.query.shape[:3], 1)
         entropy, grad_entropy = entropy.reshape(rows), grad_entropy.reshape(rows)
-        for_query = torch.empty_like(self.query, dtype=entropy.dtype)
-        for_key = torch.zeros_like(self.key, dtype=entropy.dtype)
+        for_query = for_key = None
         for_bias = torch.zeros_like(self.bias, dtype=entropy.dtype) if with_bias and self.bias is not None else None
-        with torch.autocast(self.query.device.type, enabled=False):
+        with _full_precision(self.query):
             for block, q, k in self._blocks():
-                push = _entropy_push(*self._probs(block, q, k), _cut(entropy, block))  # (B, H, M, N)
-                weight = -_cut(grad_entropy, block)  # (B, H, M, 1)
+                push = kept if kept is not None else _entropy_push(*self._probs(block, q, k), _cut(entropy, block))
+                pull = push * -_cut(grad_entropy, block)  # (B, H, M, N)
                 if for_bias is not None:
                     part = _cut(for_bias, block)
-                    part.add_((push * weight).sum_to_size(part.shape))
-                push, weight = push.reshape(*q.shape[:3], k.shape[2]), (weight * self.scale).reshape(*q.shape[:3], 1)
-                part = _cut(for_query, block)
-                part.copy_(((push @ k) * weight).reshape(part.shape))
-                for_key[block[0]].add_(push.transpose(-1, -2) @ (q * weight))
+                    part.add_(pull.sum_to_size(part.shape))
+                pull = pull.reshape(*q.shape[:3], k.shape[2]).mul_(self.scale)
+                in_query, in_key = pull @ k, pull.transpose(-1, -2) @ q
+                if block is WHOLE:
+                    for_query, for_key = in_query, in_key
+                else:
+                    if for_query is None or for_key is None:
+                        for_query = torch.empty_like(self.query, dtype=entropy.dtype)
+                        for_key = torch.zeros_like(self.key, dtype=entropy.dtype)
+                    part = _cut(for_query, block)
+                    part.copy_(in_query.reshape(part.shape))
+                    for_key[block[0]].add_(in_key)
+        if for_query is None or for_key is None:  # no queries
+            for_query, for_key = torch.zeros_like(self.query), torch.zeros_like(self.key)
         return for_query.reshape(self.shapes[0]), for_key.reshape(self.shapes[1]), self._as_given(for_bias)
 
     def _as_given(self, for_bias: Tensor | None) -> Tensor | None:
@@ -396,6 +424,10 @@ class _Scores:
         row = max(1, heads * self.key.shape[2])
         row_step = max(1, min(rows, limit // row))
         batch_step = max(1, limit // (row * row_step)) if row_step == rows else 1
+        if batch_step >= batch and row_step >= rows:
+            q, k = _upcast(self.query), _upcast(self.key)
+            yield WHOLE, q.reshape(*k.shape[:2], -1, dim) if heads != k.shape[1] else q, k
+            return
         for b in range(0, batch, batch_step):
             k = _upcast(self.key[b : b + batch_step])
             for m in range(0, rows, row_step):
@@ -405,7 +437,7 @@ class _Scores:
 
     def _probs(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of a block (B, H, M, N) and their logarithms; uniform where a row sees nothing."""
-        scores = (q * self.scale) @ k.transpose(-1, -2)
+        scores = (q @ k.transpose(-1, -2)).mul_(self.scale)
         heads = self.query.shape[1]
         scores = scores.reshape(len(q), heads, q.shape[1] * q.shape[2] // heads, k.shape[2])
         hidden = None
@@ -423,8 +455,16 @@ class _Scores:
         return _probs(scores, -1, self.top_k)
 
 
+def _full_precision(tensor: Tensor) -> Any:
+    """Autocast off; nothing at all where it is not on, which saves entering it."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _as_bhmd(tensor: Tensor, lead: torch.Size, axis: int) -> Tensor:
     """Bring (*lead, rows, columns), or a mask broadcastable to it, to four axes."""
+    if len(lead) == 2 and tensor.dim() == 4:
+        return tensor
     if len(lead) == 1 and tensor.dim() == 3:
         return tensor.unsqueeze(axis)
     if len(lead) > 2 and tensor.dim() > 3:
@@ -434,6 +474,8 @@ def _as_bhmd(tensor: Tensor, lead: torch.Size, axis: int) -> Tensor:
 
 def _cut(tensor: Tensor, block: Block) -> Tensor:
     """The block's part of a tensor (B, H, M, ...), whose broadcast axes stay."""
+    if block is WHOLE:
+        return tensor
     if tensor.shape[0] > 1:
         tensor = tensor[block[0]]
     return tensor[:, :, block[1]] if tensor.shape[2] > 1 else tensor
@@ -443,6 +485,9 @@ def _visible_to_queries(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, top_k: int | None
 ) -> Tensor:
     """Number of keys each query sees, broadcast to (batch, heads, queries)."""
+    if attn_mask is None and not is_causal:
+        keys = key.shape[-2] if top_k is None else min(top_k, key.shape[-2])
+        return torch.full((), keys, device=query.device).expand(query.shape[:-1])
     if attn_mask is None:
         shown = torch.ones(1, dtype=torch.bool, device=query.device)
     else:

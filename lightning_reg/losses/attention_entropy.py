@@ -113,18 +113,30 @@ class AttentionEntropyLoss(nn.Module):
             ``(penalty, value)``, scalars: what to minimise, and the mean entropy in the chosen unit, detached. Both
             are 0 when no row is valid.
         """
+        mean = self._mean(entropy, visible, valid)
+        if self.objective in _LINEAR:
+            return mean if self.objective == "minimize" else -mean, mean.detach()
         counted = rows_with_choice(visible, self.normalize)
         if valid is not None:
             counted = counted & valid
         if self.normalize:
             entropy = normalize_entropy(entropy, visible)
-        mean = masked_mean(entropy, counted, "site")
-        if self.objective in _LINEAR:
-            return mean if self.objective == "minimize" else -mean, mean.detach()
         if self.level != "query":
             axes = _averaged_axes(entropy, self.level)
             entropy, counted = masked_mean(entropy, counted, self.level), counted.any(axes)
         return masked_mean(self._hinge(entropy), counted, "site"), mean.detach()
+
+    def _mean(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> Tensor:
+        """Mean entropy of the counted rows, in the chosen unit."""
+        if valid is None and not any(visible.stride()) and entropy.numel():
+            # an expanded scalar: every row sees as many keys, and all but the mean happens to single numbers
+            visible = visible[(0,) * visible.dim()]
+            mean = entropy.mean()
+            return normalize_entropy(mean, visible) if self.normalize else mean * (visible > 0)
+        counted = rows_with_choice(visible, self.normalize)
+        if valid is not None:
+            counted = counted & valid
+        return masked_mean(normalize_entropy(entropy, visible) if self.normalize else entropy, counted, "site")
 
     def extra_repr(self) -> str:
         """Arguments, as torch prints modules."""
