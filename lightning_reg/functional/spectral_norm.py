@@ -156,27 +156,33 @@ class _SpectralReparam(torch.autograd.Function):
         with _full_precision(weight):
             matrices = weight_matrices(_exact(weight), len(gain), transposed)
             sigma = rayleigh(matrices, u.to(matrices.dtype), v.to(matrices.dtype))
-            ctx.save_for_backward(weight, gain, u, v, sigma)
+            factor = gain / sigma
+            ctx.save_for_backward(weight, gain, u, v, sigma, factor)
             ctx.transposed = transposed
-            return _as_weight(matrices * (gain / sigma).view(-1, 1, 1), weight, transposed)
+            return _as_weight(matrices * _per_part(factor), weight, transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, sigma = ctx.saved_tensors
+        weight, gain, u, v, sigma, factor = ctx.saved_tensors
         with _full_precision(weight):
             matrices = weight_matrices(_exact(weight), len(gain), ctx.transposed)
             grads = weight_matrices(_exact(grad), len(gain), ctx.transposed)
             u, v = u.to(matrices.dtype), v.to(matrices.dtype)
             if torch.is_grad_enabled():
                 sigma = rayleigh(matrices, u, v)  # a second derivative passes through sigma too
+                factor = gain / sigma
             for_gain = _inner(grads, matrices) / sigma
-            outer = u.unsqueeze(2), (v * for_gain.unsqueeze(1)).unsqueeze(1)
-            for_weight = torch.addcmul(grads, *outer, value=-1.0) * (gain / sigma).view(-1, 1, 1)
+            scaled = v * (for_gain if len(gain) == 1 else for_gain.unsqueeze(1))
+            for_weight = torch.addcmul(grads, u.unsqueeze(2), scaled.unsqueeze(1), value=-1.0).mul_(_per_part(factor))
         return _as_weight(for_weight, weight, ctx.transposed), for_gain.to(gain.dtype), None, None, None
 
 
+def _per_part(factor: Tensor) -> Tensor:
+    return factor if len(factor) == 1 else factor.view(-1, 1, 1)
+
+
 def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager:
@@ -193,15 +199,15 @@ def _as_weight(matrices: Tensor, weight: Tensor, transposed: bool) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Sum of ``a * b`` over each part, without the product in memory where the layout allows."""
-    if a.is_contiguous() and b.is_contiguous():
-        return _stacked([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a.unbind(), b.unbind())])
-    return (a * b).flatten(1).sum(1)
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return (a * b).flatten(1).sum(1)
+    if len(a) == 1:
+        return torch.dot(a.view(-1), b.view(-1)).unsqueeze(0)
+    return torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in zip(a.unbind(), b.unbind())])
 
 
 def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
     # one product a part: a batched product may round through TF32, a matrix-vector product does not
-    return _stacked([torch.mv(matrix, vector) for matrix, vector in zip(matrices.unbind(), vectors.unbind())])
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+    if len(matrices) == 1:
+        return torch.mv(matrices[0], vectors[0]).unsqueeze(0)
+    return torch.stack([torch.mv(matrix, vector) for matrix, vector in zip(matrices.unbind(), vectors.unbind())])
