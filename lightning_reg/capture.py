@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 Target = str | type | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target] | None
 
+# classes of one's own that derive from these are still what they derive from
+_NEVER_ATTENTION = (
+    torchmetrics.Metric, nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase,
+    nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd,
+)  # fmt: skip
+
 SITE = "_lightning_reg_site"
 _ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
@@ -138,7 +144,7 @@ def attention_candidates(root: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in named_modules(root).items()
         if isinstance(module, nn.MultiheadAttention)
-        or not (_own_class(module).__module__.startswith("torch.") or isinstance(module, torchmetrics.Metric))
+        or not (_own_class(module).__module__.startswith("torch.") or isinstance(module, _NEVER_ATTENTION))
     }
 
 

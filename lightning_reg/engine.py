@@ -330,7 +330,7 @@ class Engine:
                 with torch.no_grad():
                     _, _, value = tap.regularizer.see_hidden(x.detach(), tap.mask)
                 self._record(mode, tap, (), None, value)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not tap.shape:
                 tap.shape, tap.method = _sizes(x), "input"
         return x
 
@@ -359,7 +359,7 @@ class Engine:
             if live:
                 query, key, attn_mask = q, k, m
             (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not taps[0].shape:
                 for tap in taps:
                     tap.shape, tap.method = f"{_sizes(query)} x {_sizes(key)}", "scaled_dot_product_attention"
         return query, key, attn_mask
@@ -385,7 +385,7 @@ class Engine:
             if live:
                 # an injected gradient needs a way to the loss: keep that of the probabilities left behind
                 probs = seen if probs is None else _Through.apply(seen, probs)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and not taps[0].shape:
                 for tap in taps:
                     tap.shape, tap.method = _sizes(scores), f"softmax over axis {dim}"
         return capture.plain_softmax(scores, dim, dtype) if probs is None else probs

@@ -323,10 +323,19 @@ class _QueryKeyEntropy(torch.autograd.Function):
             with_bias = bias is not None and ctx.needs_input_grad[2]
             pulls = scores.gradients(entropy, grad_entropy, with_bias, kept)
             passed = [
-                grad if pull is None else pull.to(tensor.dtype) if grad is None else grad + pull.to(grad.dtype)
+                _joined(grad, pull, tensor)
                 for grad, pull, tensor in zip(passed, pulls, (query, key, bias), strict=True)
             ]
         return (*passed, None, None, None, None)
+
+
+def _joined(grad: Tensor | None, pull: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    """Sum of two gradients of ``tensor``; overwrites ``pull``."""
+    if pull is None or tensor is None:
+        return grad
+    if grad is not None:
+        pull = pull + grad if torch.is_grad_enabled() else pull.add_(grad)
+    return pull.to(tensor.dtype)
 
 
 class _Scores:
