@@ -25,9 +25,9 @@ def run_info() -> dict[str, str]:
 
 def _version(package: str) -> str:
     try:
-        return f"{package} {version(package)}"
+        return version(package)
     except PackageNotFoundError:
-        return f"no {package}"
+        return "not installed"
 
 
 def _hardware() -> str:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -373,8 +373,40 @@ def _in_use(tensor: str) -> property:
 # --- update ----------------------------------------------------------------------------------------------------------
 
 
+class PowerIteration:
+    """One step of many layers at a time; what it works on is looked up once, and again when a weight moves."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self._places: list[int] = []
+        self._operands: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Bring u and v of every layer up to date."""
+        places = [place for layer in self.layers for place in _places(layer)]
+        if places != self._places:
+            self._operands, self._places = _operands(self.layers), places
+        power_iteration_(*self._operands)
+
+
 def update_layers(layers: list[Layer]) -> None:
     """One power iteration of each weight, outside forward."""
+    PowerIteration(layers).step()
+
+
+def _places(layer: Layer) -> list[int]:
+    """Where the tensors of a layer lie; never the same for a weight that must be gathered or converted first."""
+    weight, spectral = layer.original, layer.spectral
+    if is_sharded(weight) or weight.dtype != spectral.u.dtype or not weight.is_contiguous():
+        return [next(_fresh)]
+    return [weight.data_ptr(), spectral.u.data_ptr(), spectral.v.data_ptr()]
+
+
+_fresh = count(-1, -1)
+
+
+def _operands(layers: list[Layer]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     matrices: list[Tensor] = []
     u: list[Tensor] = []
     v: list[Tensor] = []
@@ -383,7 +415,7 @@ def update_layers(layers: list[Layer]) -> None:
         matrices += weight_matrices(weight.to(spectral.u.dtype), len(spectral.u), spectral.transposed).unbind()
         u += spectral.u.unbind()
         v += spectral.v.unbind()
-    power_iteration_(matrices, u, v)
+    return matrices, u, v
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------
