@@ -397,11 +397,11 @@ class _Scores:
         with _full_precision(self.query):
             for block, q, k in self._blocks():
                 push = kept if kept is not None else _entropy_push(*self._probs(block, q, k), _cut(entropy, block))
-                pull = push * -_cut(grad_entropy, block)  # (B, H, M, N)
+                weight = _cut(grad_entropy, block)  # (B, H, M, 1)
                 if for_bias is not None:
                     part = _cut(for_bias, block)
-                    part.add_(pull.sum_to_size(part.shape))
-                pull = pull.reshape(*q.shape[:3], k.shape[2]).mul_(self.scale)
+                    part.sub_((push * weight).sum_to_size(part.shape))
+                pull = (push * (weight * -self.scale)).reshape(*q.shape[:3], k.shape[2])
                 in_query, in_key = pull @ k, pull.transpose(-1, -2) @ q
                 if block is WHOLE:
                     for_query, for_key = in_query, in_key

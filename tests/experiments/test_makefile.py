@@ -11,7 +11,8 @@ from tests.conf.configs import options
 
 
 def make(*arguments: str) -> str:
-    return subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("target", ["train", "test", "lint", "bench"])
