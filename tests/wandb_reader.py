@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,15 +29,10 @@ class Run:
 
 
 def read_run(root: Path) -> Run:
-    """The only run below `root`, the `save_dir` of a `WandbLogger`."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    """The only run below `root`, the `save_dir` of a `WandbLogger`, once it has ended."""
     (path,) = root.rglob("*.wandb")
     run = Run(path.parent / "files" / "media")
-    for payload in _payloads(path.read_bytes()):
-        record = Record()
-        record.ParseFromString(payload)
-        kind = record.WhichOneof("record_type")
+    for kind, record in _ended(path):
         if kind == "history":
             run.history.append(_decoded(record.history.item))
         elif kind == "summary":
@@ -46,6 +42,20 @@ def read_run(root: Path) -> Run:
         elif kind == "run":
             run.config |= _decoded(record.run.config.update)
     return run
+
+
+def _ended(path: Path, patience: float = 60.0) -> list[tuple[str, Any]]:
+    """Records of a run up to its exit, which W&B's own process may write after `finish` has returned."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + patience
+    while True:
+        records = [Record.FromString(payload) for payload in _payloads(path.read_bytes())]
+        kinds = [record.WhichOneof("record_type") for record in records]
+        if "exit" in kinds:
+            return list(zip(kinds, records, strict=True))
+        assert time.monotonic() < deadline, f"{path} has no exit record after {patience} s, only {kinds}"
+        time.sleep(0.1)
 
 
 def _decoded(items: Any) -> dict[str, Any]:
@@ -61,6 +71,8 @@ def _decoded(items: Any) -> dict[str, Any]:
 
 
 def _payloads(data: bytes) -> Iterator[bytes]:
+    if len(data) < FILE_HEADER.size:
+        return
     name, magic, _ = FILE_HEADER.unpack_from(data)
     assert (name, magic) == (b":W&B", 0xBEE1), "not a W&B file"
     position, parts = FILE_HEADER.size, b""
@@ -71,6 +83,8 @@ def _payloads(data: bytes) -> Iterator[bytes]:
             position += room  # the end of a block is padding
             continue
         position += CHUNK_HEADER.size
+        if position + length > len(data):
+            return  # still being written
         chunk = data[position : position + length]
         position += length
         parts = chunk if kind in (FULL, FIRST) else parts + chunk
