@@ -12,6 +12,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -310,11 +311,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     site = _current_site()
-    if site is not None and site.engine is not None:
-        query, key, attn_mask = site.engine.observe_attention(
-            site, query, key, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    return _sdpa(
+    attention = _sdpa if site is None or site.engine is None else partial(site.engine.observe_attention, site)
+    return attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
         enable_gqa=enable_gqa,
     )  # fmt: skip
@@ -340,6 +338,11 @@ def _torch_softmax_watched(input: Tensor, dim: int | None = None, *args: Any, **
 
 def _tensor_softmax_watched(self: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
     return _watched_softmax(_tensor_softmax, self, dim, args, kwargs)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """``F.scaled_dot_product_attention`` as it was before watching began."""
+    return _sdpa(query, key, value, **arguments)
 
 
 def plain_softmax(scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:

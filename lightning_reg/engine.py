@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_reg import capture
-from lightning_reg.functional.attention_entropy import MASKED_BIAS, entropy_tap, scores_tap
+from lightning_reg.functional.attention_entropy import MASKED_BIAS, attention_tap, entropy_tap, scores_tap
 
 if TYPE_CHECKING:
     from lightning_reg.callbacks.regularizer import Observer
@@ -335,34 +335,42 @@ class Engine:
         return x
 
     def observe_attention(
-        self, site: capture.Site, query: Tensor, key: Tensor, attn_mask: Tensor | None, *, is_causal: bool,
-        scale: float | None, enable_gqa: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Show queries and keys to the taps of ``site``; returns the tensors to go on with."""
+        self, site: capture.Site, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False, dropout_p: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """Show attention to the taps of ``site``; returns its output."""
+        arguments: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         mode = self._mode()
         self._note_compiling()
-        if mode is Mode.SKIP or not site.awake:
-            return query, key, attn_mask
+        groups = [] if mode is Mode.SKIP or not site.awake else list(_by_top_k(site.attention))
         shown = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
-        valid = (
-            None if shown is None or query.shape[-2] != key.shape[-2] else capture.padding_free(shown, key.shape[-2])
-        )
-        for taps in _by_top_k(site.attention):
+        square = groups and query.shape[-2] == key.shape[-2]
+        valid = capture.padding_free(shown, key.shape[-2]) if square and shown is not None else None
+        last = next((taps for taps in reversed(groups) if any(tap.live for tap in taps)), None)
+        output = None
+        for taps in groups:
             live = any(tap.live for tap in taps)
             if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
                 continue
-            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-                q, k, m, entropy, visible = entropy_tap(
-                    query, key, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-                    top_k=taps[0].regularizer.top_k,
+            top_k = taps[0].regularizer.top_k
+            if taps is last:
+                output, entropy, visible = attention_tap(
+                    query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k,
+                    attention=capture.plain_attention, **arguments,
                 )  # fmt: skip
-            if live:
-                query, key, attn_mask = q, k, m
-            (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid)
+                (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid)
+            else:
+                with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                    q, k, m, entropy, visible = entropy_tap(query, key, attn_mask, top_k=top_k, **arguments)
+                if live:
+                    query, key, attn_mask = q, k, m
+                (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid)
             if not torch.compiler.is_compiling() and not taps[0].shape:
                 for tap in taps:
                     tap.shape, tap.method = f"{_sizes(query)} x {_sizes(key)}", "scaled_dot_product_attention"
-        return query, key, attn_mask
+        if output is None:
+            output = capture.plain_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **arguments)
+        return output
 
     def observe_scores(self, site: capture.Site, scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
         """Show attention scores to the taps of ``site``; returns their softmax."""
@@ -391,7 +399,7 @@ class Engine:
         return capture.plain_softmax(scores, dim, dtype) if probs is None else probs
 
     def _see_entropy(
-        self, mode: Mode, taps: list[Tap], tensors: tuple[Tensor, ...], entropy: Tensor, visible: Tensor,
+        self, mode: Mode, taps: list[Tap], tensors: tuple[Tensor, ...], entropy: Tensor, visible: Tensor | int,
         valid: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         for tap in taps:

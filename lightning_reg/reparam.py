@@ -25,8 +25,8 @@ from torch.nn.utils import parametrize
 from lightning_reg import capture
 from lightning_reg.capture import Targets
 from lightning_reg.functional.spectral_norm import (
+    PowerIteration,
     leading_singular_triplet,
-    power_iteration_,
     rayleigh,
     spectral_reparam,
     weight_matrices,
@@ -93,17 +93,18 @@ class Layer:
     @property
     def container(self) -> Any:
         """The parametrization list of the weight."""
-        return self.owner.parametrizations[self.tensor]  # type: ignore[index,union-attr]
+        # past `nn.Module.__getattr__`, which is slow for something asked for in every step
+        return self.owner._modules["parametrizations"]._modules[self.tensor]  # type: ignore[union-attr]
 
     @property
     def original(self) -> Tensor:
         """The trained raw weight."""
-        return self.container.original
+        return self.container._parameters["original"]
 
     @property
     def spectral(self) -> SpectralParametrization:
         """Gain and singular vectors."""
-        return self.container[0]
+        return self.container._modules["0"]
 
     def state(self) -> dict[str, Tensor]:
         """Raw weight, gain, u and v by name."""
@@ -365,7 +366,9 @@ def _parametrized_class(base: type, tensors: tuple[str, ...]) -> type:
 
 def _in_use(tensor: str) -> property:
     def in_use(self: Any) -> Tensor:
-        return self.parametrizations[tensor]()
+        # not `self.parametrizations[tensor]()`: it comes to the same through four more calls
+        container = self._modules["parametrizations"]._modules[tensor]
+        return container._modules["0"](container._parameters["original"])
 
     return property(in_use)
 
@@ -373,34 +376,36 @@ def _in_use(tensor: str) -> property:
 # --- update ----------------------------------------------------------------------------------------------------------
 
 
-class PowerIteration:
-    """One step of many layers at a time; what it works on is looked up once, and again when a weight moves."""
+class Updates:
+    """Power iteration of the weights of layers; what it works on is looked up again only when a weight moves."""
 
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
         self._places: list[int] = []
-        self._operands: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+        self._iteration = PowerIteration([], [], [])
 
     @torch.no_grad()
     def step(self) -> None:
         """Bring u and v of every layer up to date."""
         places = [place for layer in self.layers for place in _places(layer)]
         if places != self._places:
-            self._operands, self._places = _operands(self.layers), places
-        power_iteration_(*self._operands)
+            self._iteration, self._places = PowerIteration(*_operands(self.layers)), places
+        self._iteration.step()
 
 
 def update_layers(layers: list[Layer]) -> None:
     """One power iteration of each weight, outside forward."""
-    PowerIteration(layers).step()
+    Updates(layers).step()
 
 
 def _places(layer: Layer) -> list[int]:
     """Where the tensors of a layer lie; never the same for a weight that must be gathered or converted first."""
     weight, spectral = layer.original, layer.spectral
-    if is_sharded(weight) or weight.dtype != spectral.u.dtype or not weight.is_contiguous():
+    buffers: Any = spectral._buffers
+    u, v = buffers["u"], buffers["v"]
+    if is_sharded(weight) or weight.dtype != u.dtype or not weight.is_contiguous():
         return [next(_fresh)]
-    return [weight.data_ptr(), spectral.u.data_ptr(), spectral.v.data_ptr()]
+    return [weight.data_ptr(), u.data_ptr(), v.data_ptr()]
 
 
 _fresh = count(-1, -1)

@@ -76,7 +76,7 @@ class AttentionEntropyRegularizer(Regularizer):
             )
         return [(name, name in selected) for name in below]
 
-    def see_attention(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def see_attention(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(penalty, value)`` of attention rows."""
         return self.loss.reduce(entropy, visible, valid)
 

@@ -70,9 +70,9 @@ class _EntropyWatcher(_Watcher):
         super().__init__(name, sites, mask)
         self.edges = ENTROPY_EDGES if histogram else []
 
-    def see_attention(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> tuple[None, Tensor]:
+    def see_attention(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None) -> tuple[None, Tensor]:
         """Record of each head, from rows in nats (batch, heads, queries)."""
-        counted = rows_with_choice(visible, normalize=True)
+        counted = rows_with_choice(entropy, visible, normalize=True)
         counted = (counted if valid is None else counted & valid).expand(entropy.shape)
         entropy, counted = _by_head(normalize_entropy(entropy, visible)), _by_head(counted)
         above = [((entropy >= edge) & counted).sum(1) for edge in self.edges]

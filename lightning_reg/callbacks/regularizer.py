@@ -37,7 +37,9 @@ class Observer:
         """Names of the modules to watch, each with whether the user named it."""
         raise NotImplementedError
 
-    def see_attention(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def see_attention(
+        self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
         """``(penalty, value)`` of attention rows: entropy in nats and visible keys (batch, heads, queries)."""
         raise NotImplementedError
 

@@ -135,7 +135,7 @@ class SigmaReparam(Callback):
         self._patched: dict[str, tuple[Any, Any]] = {}
         self._updated_step: int | None = None
         self._pending: dict[str, Any] | None = None
-        self._updates = reparam.PowerIteration([])
+        self._updates = reparam.Updates([])
         self._loaded_groups: list[list[int]] = []
 
     def spectral_norms(self) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class SigmaReparam(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the restored step; the learning rate finder loads a checkpoint after ``on_fit_start``."""
         self._restore_pending(trainer, pl_module)
-        self._updates = reparam.PowerIteration(self._own_layers())
+        self._updates = reparam.Updates(self._own_layers())
         if self._updated_step is None:
             self._updated_step = trainer.global_step
 
@@ -282,7 +282,7 @@ class SigmaReparam(Callback):
             )
 
     def _release(self) -> None:
-        model, self._model, self._updates = self._model, None, reparam.PowerIteration([])
+        model, self._model, self._updates = self._model, None, reparam.Updates([])
         if model is None:
             return
         for hook, (before, patch) in self._patched.items():

@@ -30,7 +30,7 @@ Not together with
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -171,7 +171,7 @@ def attention_with_entropy(
         normalize: Divide the entropy by log(visible keys).
 
     Returns:
-        Output (batch, heads, queries, value_dim) exactly as torch's attention computes it, and entropy
+        Output (batch, heads, queries, value_dim), equal to torch's attention up to rounding, and entropy
         (batch, heads, queries).
 
     Example:
@@ -179,13 +179,46 @@ def attention_with_entropy(
         >>> attention_with_entropy(query, key, torch.eye(2)[None, None])
         (tensor([[[[0.5000, 0.5000]]]]), tensor([[[0.6931]]]))
     """
-    query, key, attn_mask, entropy, visible = entropy_tap(
-        query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa
-    )
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    output, entropy, visible = attention_tap(
+        query, key, value, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa
     )
     return output, normalize_entropy(entropy, visible) if normalize else entropy
+
+
+def attention_tap(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    top_k: int | None = None,
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Attention and the entropy of its rows before dropout, whichever way is cheapest.
+
+    Small attention is computed here, in one node; any other by ``attention``, torch's unless another is given, behind
+    an ``entropy_tap``.
+
+    Returns:
+        ``(output, entropy, visible)``, as torch's attention and as ``entropy_tap`` return them.
+    """
+    if _is_small(query, key, value, attn_mask, dropout_p, top_k):
+        _check_query_key(query, key, attn_mask, enable_gqa)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        output, entropy = _SmallAttention.apply(query, key, value, scale, is_causal)
+        return output, entropy, _visible_to_queries(query, key, None, is_causal, None)
+    query, key, attn_mask, entropy, visible = entropy_tap(
+        query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k
+    )
+    output = attention(
+        query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        enable_gqa=enable_gqa,
+    )  # fmt: skip
+    return output, entropy, visible
 
 
 def entropy_tap(
@@ -197,14 +230,14 @@ def entropy_tap(
     is_causal: bool = False,
     enable_gqa: bool = False,
     top_k: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | int]:
     """Queries, keys and mask unchanged, with the entropy of their attention rows joined to the same autograd node.
 
     Feed the returned tensors to the attention: its gradient and the entropy's meet in one backward.
 
     Returns:
         ``(query, key, attn_mask, entropy, visible)``, entropy in nats and the number of visible keys, both
-        (batch, heads, queries).
+        (batch, heads, queries); one number where every query sees as many keys.
     """
     _check_query_key(query, key, attn_mask, enable_gqa)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -237,14 +270,17 @@ def scores_tap(
     return _SoftmaxEntropy.apply(scores, dim % scores.dim(), dtype, check_top_k(top_k))
 
 
-def normalize_entropy(entropy: Tensor, visible: Tensor) -> Tensor:
+def normalize_entropy(entropy: Tensor, visible: Tensor | int) -> Tensor:
     """``entropy / log(visible)``, and 0 for rows with fewer than two visible keys."""
+    if isinstance(visible, int):
+        return entropy / math.log(visible) if visible > 1 else torch.zeros_like(entropy)
     return entropy / torch.where(visible > 1, visible, math.inf).to(entropy.dtype).log()
 
 
-def rows_with_choice(visible: Tensor, normalize: bool) -> Tensor:
-    """Rows that means count: those that see a key, or two keys where the entropy is normalised."""
-    return visible > (1 if normalize else 0)
+def rows_with_choice(entropy: Tensor, visible: Tensor | int, normalize: bool) -> Tensor:
+    """Rows of ``entropy`` that means count: those that see a key, or two keys where the entropy is normalised."""
+    chosen = visible > (1 if normalize else 0)
+    return chosen if isinstance(chosen, Tensor) else torch.full_like(entropy, chosen, dtype=torch.bool)
 
 
 def visible_keys(probs: Tensor, mask: Tensor | None, dim: int) -> Tensor:
@@ -336,6 +372,75 @@ def _joined(grad: Tensor | None, pull: Tensor | None, tensor: Tensor | None) -> 
     if grad is not None:
         pull = pull + grad if torch.is_grad_enabled() else pull.add_(grad)
     return pull.to(tensor.dtype)
+
+
+class _SmallAttention(torch.autograd.Function):
+    """Attention and its entropy in one node, for scores that fit a block.
+
+    It costs less than torch's attention alone on a CPU: the probabilities, kept, serve both outputs in both passes.
+    Letters as in ``_Scores``; the leading axes are flattened.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output (..., M, value dim) and the entropy (..., M)."""
+        probs, log_probs = _small_probs(query, key, scale, is_causal)
+        entropy = _entropy(probs, log_probs, -1).unsqueeze(-1)
+        push = log_probs.addcmul_(probs, entropy)  # `_entropy` left p log p in log_probs
+        output = torch.bmm(probs, _flat(value))
+        entropy = entropy.reshape(query.shape[:-1])
+        ctx.save_for_backward(query, key, value, entropy, probs, push)
+        ctx.scale, ctx.is_causal = scale, is_causal
+        return output.reshape(*query.shape[:-1], value.shape[-1]), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        """Join the gradients of output and entropy at the scores."""
+        query, key, value, entropy, probs, push = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what was kept knows nothing of its own derivative
+            probs, log_probs = _small_probs(query, key, ctx.scale, ctx.is_causal)
+            push = _entropy_push(probs, log_probs, entropy.reshape(*probs.shape[:-1], 1))
+        q, k, v = _grouped(query, key), _flat(key), _flat(value)
+        grad_output = grad_output.reshape(*probs.shape[:-1], v.shape[-1])
+        pull = torch._softmax_backward_data(torch.bmm(grad_output, v.mT), probs, -1, probs.dtype)
+        pull = torch.addcmul(pull, push, grad_entropy.reshape(*probs.shape[:-1], 1), value=-1) * ctx.scale
+        for_query, for_key, for_value = torch.bmm(pull, k), torch.bmm(pull.mT, q), torch.bmm(probs.mT, grad_output)
+        return for_query.reshape(query.shape), for_key.reshape(key.shape), for_value.reshape(value.shape), None, None
+
+
+def _is_small(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, top_k: int | None
+) -> bool:
+    """Whether ``_SmallAttention`` can compute this, and is the cheapest to do so."""
+    if attn_mask is not None or top_k is not None or dropout_p or torch.compiler.is_compiling():
+        return False
+    if query.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    exact = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float32, torch.float64)
+    alike = min(query.dim(), key.dim()) > 1 and value.shape[:-1] == key.shape[:-1]
+    return exact and alike and 0 < query[..., 0].numel() * key.shape[-2] <= BLOCK_SCORES
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(..., rows, columns) with its leading axes as one."""
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """(B G, R M, D): the queries that share a key head as one set."""
+    return query.reshape(key.shape[:-2].numel(), -1, query.shape[-1])
+
+
+def _small_probs(query: Tensor, key: Tensor, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Probabilities (B G, R M, N) and their logarithms."""
+    scores = torch.bmm(_grouped(query, key), _flat(key).mT).mul_(scale)
+    if is_causal:
+        rows, keys = query.shape[-2], key.shape[-2]
+        future = torch.ones(rows, keys, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.view(-1, rows, keys).masked_fill(future, HIDDEN_SCORE).view(scores.shape)
+    return _probs(scores, -1, None)
 
 
 class _Scores:
@@ -492,11 +597,10 @@ def _cut(tensor: Tensor, block: Block) -> Tensor:
 
 def _visible_to_queries(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, top_k: int | None
-) -> Tensor:
-    """Number of keys each query sees, broadcast to (batch, heads, queries)."""
+) -> Tensor | int:
+    """Number of keys each query sees, broadcast to (batch, heads, queries); one number when all see as many."""
     if attn_mask is None and not is_causal:
-        keys = key.shape[-2] if top_k is None else min(top_k, key.shape[-2])
-        return torch.full((), keys, device=query.device).expand(query.shape[:-1])
+        return key.shape[-2] if top_k is None else min(top_k, key.shape[-2])
     if attn_mask is None:
         shown = torch.ones(1, dtype=torch.bool, device=query.device)
     else:

@@ -24,6 +24,7 @@ Not together with
     QK-norm on the same projections (it removes their scale already), or another parametrization of the weight.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -107,23 +108,58 @@ def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
     return vector
 
 
-@torch.no_grad()
-def power_iteration_(matrices: list[Tensor], u: list[Tensor], v: list[Tensor]) -> None:
-    """One step ``u = W v / |W v|``, ``v = W^T u / |W^T u|`` of many matrices (rows, columns), in place on u and v.
+class PowerIteration:
+    """Power iteration of many matrices, in place on their vectors.
 
-    All layers go through the same few kernels, except for the products.
+    All go through the same few operations, except for their products.
+
+    Args:
+        matrices: Matrices (rows, columns).
+        u: Left vectors (rows,) in the dtype of their matrix.
+        v: Right vectors (columns,).
+
+    Example:
+        >>> u, v = torch.zeros(2), torch.ones(2)
+        >>> PowerIteration([torch.diag(torch.tensor([3.0, 0.0]))], [u], [v]).step()
+        >>> u, v
+        (tensor([1., 0.]), tensor([1., 0.]))
     """
-    for inputs, outputs, sources in ((v, u, matrices), (u, v, [matrix.T for matrix in matrices])):
-        products = [torch.mv(matrix, vector) for matrix, vector in zip(sources, inputs, strict=True)]
-        norms = torch._foreach_norm(products)
-        torch._foreach_clamp_min_(norms, TINY)
-        torch._foreach_div_(products, norms)
-        torch._foreach_copy_(outputs, products)
+
+    def __init__(self, matrices: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
+        alike: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for entry in zip(matrices, u, v, strict=True):
+            alike.setdefault((entry[0].device, entry[0].dtype), []).append(entry)
+        self._halves: list[_HalfStep] = []
+        for entries in alike.values():
+            group, left, right = (list(column) for column in zip(*entries, strict=True))
+            self._halves += [_HalfStep(group, right, left), _HalfStep([matrix.T for matrix in group], left, right)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step ``u = W v / |W v|``, ``v = W^T u / |W^T u|``."""
+        for half in self._halves:
+            half()
+
+
+class _HalfStep:
+    """``outputs = W inputs / |W inputs|``."""
+
+    def __init__(self, matrices: list[Tensor], inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        self.matrices, self.inputs, self.outputs = matrices, inputs, outputs
+        self.sizes = [len(output) for output in outputs]
+        self.lengths = torch.tensor(self.sizes, device=outputs[0].device)
+        self.owner = torch.arange(len(outputs), device=outputs[0].device).repeat_interleave(self.lengths)
+
+    def __call__(self) -> None:
+        flat = torch.cat([torch.mv(*pair) for pair in zip(self.matrices, self.inputs, strict=True)])
+        squares = torch.segment_reduce(flat.square(), "sum", lengths=self.lengths, unsafe=True)
+        flat /= squares.sqrt_().clamp_min_(TINY)[self.owner]
+        torch._foreach_copy_(self.outputs, flat.split(self.sizes))
 
 
 def rayleigh(matrices: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """``u^T W v`` of each part, (parts,)."""
-    return _inner(u, _apply(matrices, v))
+    return torch.stack([torch.dot(a, b) for a, b in zip(u.unbind(), _apply(matrices, v).unbind(), strict=True)])
 
 
 def spectral_reparam(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
@@ -149,36 +185,57 @@ def weight_matrices(weight: Tensor, parts: int = 1, transposed: bool = False) ->
 
 
 class _SpectralReparam(torch.autograd.Function):
-    """Closed-form backward: keeps only W, where autograd would keep W / sigma too. Written for few kernel launches."""
+    """Closed-form backward: keeps only W, where autograd would keep W / sigma too.
+
+    Written for few operations: on small layers each costs more than its arithmetic.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool) -> Tensor:
         with _full_precision(weight):
-            matrices = weight_matrices(_exact(weight), len(gain), transposed)
-            sigma = rayleigh(matrices, u.to(matrices.dtype), v.to(matrices.dtype))
-            factor = gain / sigma
-            ctx.save_for_backward(weight, gain, u, v, sigma, factor)
+            parts = _parts(weight, gain, u, v, transposed)
+            sigmas = [torch.dot(u, torch.mv(matrix, v)) for matrix, _, u, v in parts]
+            factors = [gain / sigma for (_, gain, _, _), sigma in zip(parts, sigmas, strict=True)]
+            ctx.save_for_backward(weight, gain, u, v, *sigmas, *factors)
             ctx.transposed = transposed
-            return _as_weight(matrices * _per_part(factor), weight, transposed)
+            return _as_weight(
+                [part[0] * factor for part, factor in zip(parts, factors, strict=True)], weight, transposed
+            )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, sigma, factor = ctx.saved_tensors
+        weight, gain, u, v, *scalars = ctx.saved_tensors
+        sigmas, factors = scalars[: len(gain)], scalars[len(gain) :]
         with _full_precision(weight):
-            matrices = weight_matrices(_exact(weight), len(gain), ctx.transposed)
-            grads = weight_matrices(_exact(grad), len(gain), ctx.transposed)
-            u, v = u.to(matrices.dtype), v.to(matrices.dtype)
-            if torch.is_grad_enabled():
-                sigma = rayleigh(matrices, u, v)  # a second derivative passes through sigma too
-                factor = gain / sigma
-            for_gain = _inner(grads, matrices) / sigma
-            scaled = v * (for_gain if len(gain) == 1 else for_gain.unsqueeze(1))
-            for_weight = torch.addcmul(grads, u.unsqueeze(2), scaled.unsqueeze(1), value=-1.0).mul_(_per_part(factor))
-        return _as_weight(for_weight, weight, ctx.transposed), for_gain.to(gain.dtype), None, None, None
+            parts = _parts(weight, gain, u, v, ctx.transposed)
+            if torch.is_grad_enabled():  # a second derivative passes through sigma too
+                sigmas = [torch.dot(u, torch.mv(matrix, v)) for matrix, _, u, v in parts]
+                factors = [gain / sigma for (_, gain, _, _), sigma in zip(parts, sigmas, strict=True)]
+            for_gain, for_weight = [], []
+            grads = _matrices(_exact(grad), len(gain), ctx.transposed)
+            for (matrix, _, u, v), grad, sigma, factor in zip(parts, grads, sigmas, factors, strict=True):
+                for_gain.append(_inner(grad, matrix) / sigma)
+                for_weight.append(torch.addr(grad, u, v * for_gain[-1], alpha=-1.0).mul_(factor))
+            of_gain = for_gain[0].reshape(1) if len(gain) == 1 else torch.stack(for_gain)
+        return _as_weight(for_weight, weight, ctx.transposed), of_gain.to(gain.dtype), None, None, None
 
 
-def _per_part(factor: Tensor) -> Tensor:
-    return factor if len(factor) == 1 else factor.view(-1, 1, 1)
+def _parts(
+    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``(W, gain, u, v)`` of each part, in the precision to compute in."""
+    matrices = _matrices(_exact(weight), len(gain), transposed)
+    if u.dtype != matrices[0].dtype:
+        u, v = u.to(matrices[0].dtype), v.to(matrices[0].dtype)
+    if len(matrices) == 1:
+        return [(matrices[0], gain, u.view(-1), v.view(-1))]
+    return list(zip(matrices, gain.unbind(), u.unbind(), v.unbind(), strict=True))
+
+
+def _matrices(weight: Tensor, parts: int, transposed: bool) -> tuple[Tensor, ...]:
+    if parts == 1 and weight.dim() == 2:
+        return (weight.t() if transposed else weight,)
+    return weight_matrices(weight, parts, transposed).unbind()
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -190,24 +247,22 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _as_weight(matrices: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    """Inverse of ``weight_matrices``, in the dtype of ``weight``."""
-    if transposed:
-        return matrices.reshape(weight.shape[1], -1).t().to(weight.dtype)
-    return matrices.reshape(weight.shape).to(weight.dtype)
+def _as_weight(matrices: list[Tensor], weight: Tensor, transposed: bool) -> Tensor:
+    """Inverse of ``_matrices``, in the dtype of ``weight``."""
+    joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    joined = joined.t() if transposed else joined
+    if joined.shape != weight.shape:
+        joined = joined.reshape(weight.shape)
+    return joined if joined.dtype == weight.dtype else joined.to(weight.dtype)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of ``a * b`` over each part, without the product in memory where the layout allows."""
-    if not (a.is_contiguous() and b.is_contiguous()):
-        return (a * b).flatten(1).sum(1)
-    if len(a) == 1:
-        return torch.dot(a.view(-1), b.view(-1)).unsqueeze(0)
-    return torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in zip(a.unbind(), b.unbind())])
+    """Sum of ``a * b``, without the product in memory where the layout allows."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1), b.view(-1))
+    return (a * b).sum()
 
 
 def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
     # one product a part: a batched product may round through TF32, a matrix-vector product does not
-    if len(matrices) == 1:
-        return torch.mv(matrices[0], vectors[0]).unsqueeze(0)
     return torch.stack([torch.mv(matrix, vector) for matrix, vector in zip(matrices.unbind(), vectors.unbind())])

@@ -101,12 +101,12 @@ class AttentionEntropyLoss(nn.Module):
         entropy = attention_entropy_from_probs(probs, mask=mask, dim=dim)
         return self.reduce(entropy, visible_keys(probs, mask, dim))[0]
 
-    def reduce(self, entropy: Tensor, visible: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def reduce(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Penalty and mean entropy of rows.
 
         Args:
             entropy: Entropy in nats, (batch, heads, queries) or any shape.
-            visible: Visible keys of each row, same shape.
+            visible: Visible keys of each row, same shape, or one number for all rows.
             valid: Rows to count, broadcastable to ``entropy``; rows without a choice of keys never count.
 
         Returns:
@@ -116,7 +116,7 @@ class AttentionEntropyLoss(nn.Module):
         mean = self._mean(entropy, visible, valid)
         if self.objective in _LINEAR:
             return mean if self.objective == "minimize" else -mean, mean.detach()
-        counted = rows_with_choice(visible, self.normalize)
+        counted = rows_with_choice(entropy, visible, self.normalize)
         if valid is not None:
             counted = counted & valid
         if self.normalize:
@@ -126,14 +126,11 @@ class AttentionEntropyLoss(nn.Module):
             entropy, counted = masked_mean(entropy, counted, self.level), counted.any(axes)
         return masked_mean(self._hinge(entropy), counted, "site"), mean.detach()
 
-    def _mean(self, entropy: Tensor, visible: Tensor, valid: Tensor | None) -> Tensor:
+    def _mean(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None) -> Tensor:
         """Mean entropy of the counted rows, in the chosen unit."""
-        if valid is None and not any(visible.stride()) and entropy.numel():
-            # an expanded scalar: every row sees as many keys, and all but the mean happens to single numbers
-            visible = visible[(0,) * visible.dim()]
-            mean = entropy.mean()
-            return normalize_entropy(mean, visible) if self.normalize else mean * (visible > 0)
-        counted = rows_with_choice(visible, self.normalize)
+        if valid is None and isinstance(visible, int) and entropy.numel():
+            return normalize_entropy(entropy.mean(), visible) if self.normalize else entropy.mean()
+        counted = rows_with_choice(entropy, visible, self.normalize)
         if valid is not None:
             counted = counted & valid
         return masked_mean(normalize_entropy(entropy, visible) if self.normalize else entropy, counted, "site")

@@ -118,8 +118,8 @@ class AttentionEntropy(QuantityMetric):
             visible = visible_keys(query, attn_mask, -1)
         self._add(normalize_entropy(entropy, visible) if self.normalize else entropy, visible)
 
-    def _add(self, entropy: Tensor, visible: Tensor) -> None:
-        counted = rows_with_choice(visible, self.normalize)
+    def _add(self, entropy: Tensor, visible: Tensor | int) -> None:
+        counted = rows_with_choice(entropy, visible, self.normalize)
         axes = list(range(entropy.dim()))
         if self.num_heads is not None:
             if entropy.dim() < 2 or entropy.shape[-2] != self.num_heads:

@@ -463,13 +463,61 @@ def test_scores_tap_keeps_the_dtype_that_softmax_would_have() -> None:
     assert scores.grad.dtype == torch.bfloat16
 
 
-def test_output_is_torch_attention_and_entropy_is_its_own() -> None:
-    query, key = qk(2, 4, 3, 5, 4, 2)
-    value = torch.randn(2, 2, 5, 6)
-    output, entropy = attention_with_entropy(query, key, value, is_causal=True, enable_gqa=True, normalize=True)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    assert torch.equal(output, expected)
-    torch.testing.assert_close(entropy, attention_entropy(query, key, is_causal=True, enable_gqa=True, normalize=True))
+WITH_ENTROPY = {
+    # small attention is one node, the rest torch's attention behind a tap
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.7},
+    "mask": {"attn_mask": torch.ones(3, 5, dtype=torch.bool).tril(1)},
+    "bias": {"attn_mask": torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)},
+}
+
+
+@pytest.mark.parametrize("block", [2**17, 1], ids=["small", "large"])
+@pytest.mark.parametrize("case", WITH_ENTROPY)
+@pytest.mark.parametrize("shape", [(2, 4), (2, 2), (4,), ()], ids=["gqa", "4d", "3d", "2d"])
+def test_output_and_entropy_share_exact_gradients(
+    case: str, shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torch's attention and the entropy of a plain softmax, both differentiated by autograd in float64."""
+    monkeypatch.setattr(module, "BLOCK_SCORES", block)
+    arguments, groups = WITH_ENTROPY[case], (*shape[:1], 2) if len(shape) == 2 else shape
+    inputs = [
+        torch.randn(*lead, rows, dim, dtype=torch.float64, requires_grad=True)
+        for lead, rows, dim in ((shape, 3, 4), (groups, 5, 4), (groups, 5, 6))
+    ]
+    gqa = shape == (2, 4)
+    output, entropy = attention_with_entropy(*inputs, **arguments, enable_gqa=gqa)
+    expected = F.scaled_dot_product_attention(*inputs, **arguments, enable_gqa=gqa)
+    keys = inputs[1].repeat_interleave(2, 1) if gqa else inputs[1]
+    scores = inputs[0] @ keys.mT * arguments.get("scale", 0.5)
+    mask = torch.ones(3, 5, dtype=torch.bool).tril() if "is_causal" in arguments else arguments.get("attn_mask")
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    log_p = scores.log_softmax(-1)
+    wanted = -torch.where(log_p.isfinite(), log_p.exp() * log_p.nan_to_num(neginf=0.0), 0.0).sum(-1)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, wanted, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(output), torch.randn_like(entropy)
+    for ours, theirs in zip(
+        torch.autograd.grad([output, entropy], inputs, upstream),
+        torch.autograd.grad([expected, wanted], inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_small_attention_passes_gradcheck_of_both_orders(is_causal: bool) -> None:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention_with_entropy(query, key, value, is_causal=is_causal, enable_gqa=True)
+
+    inputs = [
+        torch.randn(2, heads, rows, dim, dtype=torch.float64, requires_grad=True)
+        for heads, rows, dim in ((4, 3, 2), (2, 4, 2), (2, 4, 3))
+    ]
+    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.autograd.gradgradcheck(attend, inputs)
 
 
 def test_gradient_vanishes_on_a_collapsed_head() -> None:

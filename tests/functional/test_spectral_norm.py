@@ -123,9 +123,9 @@ def test_half_precision_weight_keeps_its_dtype_and_exact_sigma() -> None:
 def test_power_iteration_approaches_the_leading_pair_from_below() -> None:
     matrices = [torch.randn(20, 10), torch.randn(5, 30)]
     u, v = [torch.zeros(20), torch.zeros(5)], [torch.randn(10), torch.randn(30)]
-    previous = [0.0, 0.0]
+    previous, iteration = [0.0, 0.0], module.PowerIteration(matrices, u, v)
     for _ in range(100):
-        module.power_iteration_(matrices, u, v)
+        iteration.step()
         sigma = [(a @ m @ b).item() for a, m, b in zip(u, matrices, v)]
         assert all(new >= old - 1e-5 for new, old in zip(sigma, previous))
         previous = sigma
