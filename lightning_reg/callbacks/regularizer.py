@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -201,9 +202,9 @@ class Regularizer(Observer, Callback):
 
     # --- checkpoints ---
 
-    @property
-    def state_key(self) -> str:
-        """Tells two instances apart in a checkpoint."""
+    @cached_property
+    def state_key(self) -> str:  # type: ignore[override]
+        """Tells two instances apart in a checkpoint. Lightning asks for it at every hook."""
         return self._generate_state_key(name=self.name)
 
     @override

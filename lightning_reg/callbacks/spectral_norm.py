@@ -4,6 +4,7 @@ The mechanism is `lightning_reg.reparam`, the formula `lightning_reg.functional.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -140,16 +141,17 @@ class SigmaReparam(Callback):
 
     def spectral_norms(self) -> dict[str, Tensor]:
         """Spectral norm of the weights in use, ``|gain|`` (parts,), by layer; empty outside ``fit``."""
-        return {layer.label: reparam.whole_tensor(layer.spectral.gain.detach()).abs() for layer in self._own_layers()}
+        layers = self._updates.layers or self._own_layers()
+        return {layer.label: reparam.whole_tensor(layer.spectral.gain.detach()).abs() for layer in layers}
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""
         names = ("init", "fused_qkv", "decay_gain")
         return {"targets": _plain(self.targets), **{name: getattr(self, name) for name in names}}
 
-    @property
-    def state_key(self) -> str:
-        """Tells two instances apart in a checkpoint."""
+    @cached_property
+    def state_key(self) -> str:  # type: ignore[override]
+        """Tells two instances apart in a checkpoint. Lightning asks for it at every hook."""
         return self._generate_state_key(name=self.name)
 
     # --- life ---
