@@ -115,6 +115,24 @@ class Cosine(_Ramp):
         return (1 - math.cos(math.pi * progress)) / 2
 
 
+class Cubic(_Ramp):
+    """Fast at first, slow at the end: ``end + (start - end) * (1 - progress)^3`` (Zhu & Gupta 2017).
+
+    Args:
+        start: Factor before and at ``begin``.
+        end: Factor from ``begin + duration`` on.
+        begin: Steps (int) or fraction of training (float).
+        duration: Steps (int) or fraction of training (float).
+
+    Example:
+        >>> Cubic(0.0, 0.8, duration=10)(5)
+        0.7000000000000001
+    """
+
+    def _curve(self, progress: float) -> float:
+        return 1 - (1 - progress) ** 3
+
+
 class MultiStep(Schedule):
     """Piecewise constant.
 
@@ -146,6 +164,61 @@ class MultiStep(Schedule):
         """Factor at ``step``."""
         times = [_in_steps("milestones", time, total_steps) for time in self.milestones]
         return self.values[bisect.bisect_right(times, step)]
+
+
+class ProSparse(Schedule):
+    """Progressive weight of ProSparse: stages that each rise along half a sine to their peak (Algorithm 1).
+
+    With the stages' *accumulated* ends ``T_i`` and peaks ``l_i``: 0 up to the end of a leading stage of peak 0, then
+    constant at the first peak up to its end, then for ``T_(i-1) < step <= T_i``
+    ``l_(i-1) + (l_i - l_(i-1)) (1 + sin(-pi/2 + pi (step - T_(i-1)) / (T_i - T_(i-1)))) / 2``. Equal consecutive peaks
+    hold the weight. After the last stage its peak stays.
+
+    Args:
+        stages: ``(end, peak)`` of each stage, ends increasing and all steps (int) or all fractions of training
+            (float), peaks not decreasing. A leading ``(end, 0.0)`` is stage 0, in which the model only gets used to
+            its new activation.
+
+    Raises:
+        ValueError: If there is no stage, ends do not increase, or peaks decrease.
+
+    Source:
+        ProSparse (Song et al. 2024, arXiv 2402.13516), Algorithm 1 and Table 6, whose ends include stage 0.
+
+    Example:
+        >>> schedule = ProSparse([(100, 0.0), (200, 0.5), (300, 1.0)])
+        >>> [schedule(step) for step in (100, 101, 200, 250, 300, 1000)]
+        [0.0, 0.5, 0.5, 0.75, 1.0, 1.0]
+    """
+
+    def __init__(self, stages: Sequence[Sequence[float]]) -> None:
+        pairs = [tuple(stage) for stage in stages]
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"`stages` must hold at least one pair (end, peak), got {list(stages)!r}.")
+        self.ends = [_check_time("stages", end) for end, _ in pairs]
+        self.peaks = [_check_factor("stages", peak) for _, peak in pairs]
+        if len({type(end) for end in self.ends}) > 1 or any(a >= b for a, b in zip([0, *self.ends], self.ends)):
+            raise ValueError(
+                "`stages` must have ends > 0 that increase and are all steps or all fractions, counted from the start "
+                f"of training, got {self.ends}."
+            )
+        if any(a > b for a, b in zip(self.peaks, self.peaks[1:])):
+            raise ValueError(
+                f"`stages` must have peaks that do not decrease, got {self.peaks}; a fine-tuning with a smaller weight "
+                "is a training of its own."
+            )
+
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """Factor at ``step``."""
+        # rounded: 0.29 of 100 steps is a little less than 29, and stage 0 ends with a jump
+        ends = [round(_in_steps("stages", end, total_steps), 6) for end in self.ends]
+        stage = bisect.bisect_left(ends, step)
+        if stage >= len(ends):
+            return self.peaks[-1]
+        if stage == 0 or self.peaks[stage - 1] == 0:  # stage 0, or the warm-up: constant
+            return self.peaks[stage]
+        before, progress = self.peaks[stage - 1], (step - ends[stage - 1]) / (ends[stage] - ends[stage - 1])
+        return before + (self.peaks[stage] - before) * (1 + math.sin(-math.pi / 2 + math.pi * progress)) / 2
 
 
 def _check_factor(name: str, value: float) -> float:

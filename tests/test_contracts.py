@@ -11,7 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_reg.callbacks import ActivationDensityRegularizer, AttentionEntropyRegularizer, SigmaReparam
+from lightning_reg.callbacks import (
+    ActivationDensityRegularizer,
+    ActivationHoyerRegularizer,
+    ActivationL1Regularizer,
+    AttentionEntropyRegularizer,
+    SigmaReparam,
+)
 from lightning_reg.engine import Engine
 from lightning_reg.schedules import Cosine, Linear
 from tests import tiny
@@ -25,6 +31,8 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
         weight, objective="floor", bound=0.999, **kwargs
     ),
     "activation_density": lambda weight=1.0, **kwargs: ActivationDensityRegularizer(weight, epsilon=0.01, **kwargs),
+    "activation_l1": lambda weight=1.0, **kwargs: ActivationL1Regularizer(weight, relative=True, **kwargs),
+    "activation_hoyer": lambda weight=1.0, **kwargs: ActivationHoyerRegularizer(weight, **kwargs),
 }
 ALL: dict[str, Callable[[], list[Any]]] = {
     **{name: lambda make=make: [make()] for name, make in CALLBACKS.items()},
@@ -106,7 +114,7 @@ def test_value_weight_weighted_and_layers_are_logged(name: str, tmp_path: Path) 
     trainer.fit(tiny.Tiny())
     logger.save()
     header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    site = "net.blocks.0.fc2" if "density" in name else "net.blocks.0.attention"
+    site = "net.blocks.0.fc2" if "activation" in name else "net.blocks.0.attention"
     wanted = {f"reg/{callback.name}/{key}" for key in ("value", "weight", "weighted", f"layers/{site}")}
     assert wanted <= set(header.split(","))
     column = header.split(",").index(f"reg/{callback.name}/weight")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
 
+from lightning_reg.callbacks import ActivationHoyerRegularizer, ActivationL1Regularizer
 from lightning_reg.capture import SITE
 from lightning_reg.engine import Engine
 from tests import tiny
@@ -323,3 +324,44 @@ def test_several_entropies_of_one_attention_are_exact(fused: bool, use_reentrant
             return super().loss(x) + term(self.net, x)
 
     assert tiny.distance(run(use_reentrant), tiny.fit(Handwritten())) <= EXACT
+
+
+class Sparse(tiny.Tiny):
+    """Writes the L1 and the Hoyer-square of the hidden activations by hand."""
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        loss = (self(x) - x.roll(1, 1)).square().mean()
+        if not self.handwritten:
+            return loss
+        terms = []
+        for block in self.net.blocks:
+            x = x + block.attention(x)
+            hidden = torch.tanh(block.fc1(x))
+            l1, square = hidden.abs().sum(-1), hidden.square().sum(-1)
+            terms.append(0.5 * hidden.abs().mean() + 2.0 * (l1.square() / square).mean() / hidden.shape[-1])
+            x = x + block.fc2(hidden)
+        return loss + torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("case", [name for name, (module, _, _) in CASES.items() if module is tiny.Tiny])
+def test_elementwise_and_per_token_penalties_equal_the_handwritten_loss(case: str) -> None:
+    _, arguments, settings = CASES[case]
+    wanted = reference(Sparse, arguments, settings)
+    callbacks = [ActivationL1Regularizer(0.5), ActivationHoyerRegularizer(2.0)]
+    assert tiny.distance(tiny.fit(Sparse(**arguments), callbacks, **settings), wanted) <= EXACT
+    assert tiny.distance(tiny.fit(Sparse(**arguments), **settings), wanted) > DIFFERENT
+
+
+def test_elementwise_and_per_token_penalties_compile_without_graph_breaks() -> None:
+    from torch._dynamo.utils import counters
+
+    wanted = reference(Sparse, {}, {})
+    torch.compiler.reset()
+    counters.clear()
+    module = Sparse()
+    for block in module.net.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    got = tiny.fit(module, [ActivationL1Regularizer(0.5), ActivationHoyerRegularizer(2.0)])
+    assert tiny.distance(got, wanted) <= EXACT
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] > 0

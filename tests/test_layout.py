@@ -30,13 +30,16 @@ CARD = ("Formula", "Source", "Input", "Unit and range", "Default and why", "Cost
 SURFACE = {
     "lightning_reg": {"regularize"},
     "lightning_reg.functional": {
-        "activation_density", "attention_entropy", "attention_entropy_from_probs", "attention_entropy_from_scores",
-        "attention_with_entropy", "exact_density", "spectral_norm", "spectral_reparam",
+        "activation_density", "activation_hoyer", "activation_l1", "attention_entropy", "attention_entropy_from_probs",
+        "attention_entropy_from_scores", "attention_with_entropy", "exact_density", "spectral_norm", "spectral_reparam",
     },
-    "lightning_reg.losses": {"ActivationDensityLoss", "AttentionEntropyLoss"},
+    "lightning_reg.losses": {
+        "ActivationDensityLoss", "ActivationHoyerLoss", "ActivationL1Loss", "AttentionEntropyLoss",
+    },
     "lightning_reg.metrics": {"ActivationDensity", "AttentionEntropy", "SpectralNorm"},
     "lightning_reg.callbacks": {
-        "ActivationDensityRegularizer", "AttentionEntropyRegularizer", "Regularizer", "RegMonitor", "SigmaReparam",
+        "ActivationDensityRegularizer", "ActivationHoyerRegularizer", "ActivationL1Regularizer",
+        "AttentionEntropyRegularizer", "Regularizer", "RegMonitor", "SigmaReparam",
         "apply_sigma_reparam", "fold_checkpoint", "merge_sigma_reparam", "update_sigma_reparam",
     },
 }  # fmt: skip

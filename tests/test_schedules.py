@@ -1,14 +1,15 @@
 """Schedules: values at both ends and between, units of time, errors."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_reg.schedules import Constant, Cosine, Linear, MultiStep, Schedule
+from lightning_reg.schedules import Constant, Cosine, Cubic, Linear, MultiStep, ProSparse, Schedule
 
-RAMPS = [Linear, Cosine]
+RAMPS = [Linear, Cosine, Cubic]
 
 
 def test_constant_holds() -> None:
@@ -21,7 +22,7 @@ def test_ramp_begins_and_ends_exactly(kind: type[Schedule]) -> None:
     schedule = kind(0.1, 0.7, begin=10, duration=20)
     assert [schedule(step) for step in (0, 9, 10)] == [0.1] * 3
     assert [schedule(step) for step in (30, 31, 10**9)] == [0.7] * 3
-    assert schedule(20) == pytest.approx(0.4)
+    assert schedule(20) == pytest.approx(0.625 if kind is Cubic else 0.4)
 
 
 def test_linear_and_cosine_a_quarter_of_the_way() -> None:
@@ -119,3 +120,72 @@ def test_ramps_are_monotone_between_their_ends(kind, start: float, end: float, b
     assert min(start, end) - 1e-12 <= min(values)
     assert max(values) <= max(start, end) + 1e-12
     assert values == pytest.approx(sorted(values, reverse=end < start), abs=1e-12)
+
+
+def test_cubic_is_that_of_gradual_pruning() -> None:
+    schedule = Cubic(0.1, 0.8, begin=10, duration=40)
+    for step in range(10, 51):
+        assert schedule(step) == pytest.approx(0.8 + (0.1 - 0.8) * (1 - (step - 10) / 40) ** 3, abs=1e-12)
+    assert schedule(1000) == 0.8
+
+
+# Table 6 of the paper: accumulated steps and peaks
+PUBLISHED = {
+    "7B": [(5000, 0.0), (6000, 5e-3), (10000, 5e-2), (12000, 5e-2), (16000, 2e-1), (16500, 2e-1)],
+    "13B": [(5500, 0.0), (6750, 5e-3), (10750, 1e-2), (11000, 1e-2), (15000, 2e-2), (16000, 2e-2)],
+    "1B": [(10000, 0.0), (15000, 1e-3), (20000, 5e-3), (25000, 5e-3), (35000, 5e-2), (95000, 5e-2)],
+}
+
+
+def algorithm_1(stages: list[tuple[int, float]], t: int) -> float:
+    """The paper's loops: stage 0, warm-up with the first peak, then a sine from peak to peak."""
+    (end_of_0, zero), *rest = stages
+    assert zero == 0
+    if t <= end_of_0:
+        return 0.0
+    if t <= rest[0][0]:
+        return rest[0][1]
+    for (before, low), (end, high) in pairwise(rest):
+        if before < t <= end:
+            eta = 0.5 * (math.sin(-math.pi / 2 + math.pi * (t - before) / (end - before)) + 1)
+            return low + eta * (high - low)
+    return rest[-1][1]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_prosparse_is_algorithm_1_at_every_step(size: str) -> None:
+    stages = PUBLISHED[size]
+    schedule, last = ProSparse(stages), stages[-1][0]
+    wanted = [algorithm_1(stages, t) for t in range(last + 100)]
+    assert [schedule(t) for t in range(last + 100)] == pytest.approx(wanted, abs=1e-15)
+    assert schedule(10**9) == stages[-1][1]
+
+
+def test_prosparse_in_fractions_agrees_with_steps() -> None:
+    steps = ProSparse([(29, 0.0), (57, 0.1), (100, 0.3)])
+    fractions = ProSparse([(0.29, 0.0), (0.57, 0.1), (1.0, 0.3)])
+    assert [fractions(t, 100) for t in range(120)] == pytest.approx([steps(t) for t in range(120)], abs=1e-12)
+
+
+def test_prosparse_without_stage_0_starts_at_the_first_peak() -> None:
+    schedule = ProSparse([(10, 0.1), (20, 0.3)])
+    assert [schedule(t) for t in (0, 10, 15, 20, 21)] == pytest.approx([0.1, 0.1, 0.2, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "at least one pair"),
+        ([(1, 2, 3)], "at least one pair"),
+        ([(100, 0.1), (50, 0.2)], r"ends > 0 that increase .* got \[100, 50\]"),
+        ([(100, 0.1), (100, 0.2)], "ends > 0 that increase"),
+        ([(0, 0.1)], "ends > 0 that increase"),
+        ([(10, 0.1), (0.5, 0.2)], "all steps or all fractions"),
+        ([(100, 0.2), (200, 0.1)], r"peaks that do not decrease, got \[0.2, 0.1\]"),
+        ([(100, -0.2)], "finite number >= 0"),
+        ([(1.5, 0.2)], "must be <= 1"),
+    ],
+)
+def test_prosparse_refuses_bad_stages(stages: list, message: str) -> None:
+    with pytest.raises(ValueError, match=f"`stages`.*{message}"):
+        ProSparse(stages)

@@ -1,6 +1,8 @@
 """Callbacks for the Lightning Trainer: when, where and how strong. No formula."""
 
 from lightning_reg.callbacks.activation_density import ActivationDensityRegularizer
+from lightning_reg.callbacks.activation_hoyer import ActivationHoyerRegularizer
+from lightning_reg.callbacks.activation_l1 import ActivationL1Regularizer
 from lightning_reg.callbacks.attention_entropy import AttentionEntropyRegularizer
 from lightning_reg.callbacks.monitor import RegMonitor
 from lightning_reg.callbacks.regularizer import Regularizer
@@ -9,6 +11,8 @@ from lightning_reg.reparam import apply_sigma_reparam, fold_checkpoint, merge_si
 
 __all__ = [
     "ActivationDensityRegularizer",
+    "ActivationHoyerRegularizer",
+    "ActivationL1Regularizer",
     "AttentionEntropyRegularizer",
     "RegMonitor",
     "Regularizer",

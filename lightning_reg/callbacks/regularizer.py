@@ -227,6 +227,25 @@ class Regularizer(Observer, Callback):
                 )
 
 
+class HiddenRegularizer(Regularizer):
+    """A penalty on the input of each MLP's down-projection, so on the gated product where the MLP has a gate."""
+
+    role = "mlp_hidden"
+    loss: Any  # a module of ``lightning_reg.losses`` with a ``tap``
+
+    def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
+        """Down-projections of MLPs, found by shape or named by the user."""
+        return find_hidden_sites(self.targets, model)
+
+    def see_hidden(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x, penalty, value)`` of a down-projection's input."""
+        return self.loss.tap(x, mask)
+
+    def check_fired(self, taps: "list[Tap]") -> None:
+        """Every down-projection must have run."""
+        check_hidden_fired(self.name, taps)
+
+
 def log_values(pl_module: pl.LightningModule, engine: Engine) -> None:
     """Log every regularizer's values with one copy from the device.
 
@@ -278,3 +297,38 @@ def _plain(targets: Any) -> Any:
 def explicit_sites(targets: Targets, model: nn.Module) -> set[str] | None:
     """Names that ``targets`` selects among all modules; None when it is left out."""
     return None if targets is None else capture.match_targets(targets, capture.named_modules(model))
+
+
+def find_hidden_sites(targets: Targets, model: nn.Module) -> list[tuple[str, bool]]:
+    """Sites of the role ``mlp_hidden``."""
+    selected = explicit_sites(targets, model)
+    found = capture.find_down_projections(model)
+    if selected is None:
+        if not found:
+            names = [name for name, module in capture.named_modules(model).items() if capture.projection_sizes(module)]
+            raise ValueError(
+                "no MLP down-projection was found: no wide-to-narrow linear map follows the matching narrow-to-wide "
+                f"one. Name it with `targets=`; the linear maps are {', '.join(names[:8]) or 'none'}."
+            )
+        return [(name, False) for name in found]
+    modules = capture.named_modules(model)
+    for name in selected:
+        if capture.projection_sizes(modules[name]) is None:
+            inside = [other for other in found if other.startswith(f"{name}.")]
+            remedy = f" Its down-projections: {', '.join(inside[:5])}." if inside else ""
+            raise ValueError(
+                f"`targets` must name down-projections, whose input is regularized; {name or 'the model'!r} is a "
+                f"{type(modules[name]).__name__}.{remedy}"
+            )
+    return [(name, True) for name in modules if name in selected]
+
+
+def check_hidden_fired(name: str, taps: "list[Tap]") -> None:
+    """Raise if a down-projection did not run."""
+    idle = [tap.site.label for tap in taps if not tap.fired]
+    if idle:
+        raise RuntimeError(
+            f"`{name}`: {', '.join(idle)} did not run, with gradient and in training mode, in the first training step, "
+            "so nothing is regularized there. Leave it out with `targets=`, set `allow_unused=True` if it runs in some "
+            "steps only, and use `use_reentrant=False` if it is a compiled block inside a checkpoint."
+        )

@@ -64,9 +64,7 @@ def density_tap(
 ) -> tuple[Tensor, Tensor]:
     """``x`` unchanged, and its density joined to the same autograd node. Arguments as ``activation_density``."""
     check_epsilon(epsilon)
-    if not torch.is_floating_point(x) or x.dim() == 0:
-        raise ValueError(f"`x` must be floating point of shape (..., width), got {tuple(x.shape)} {x.dtype}.")
-    return _Density.apply(x, check_token_mask(mask, x), epsilon, relative)
+    return _Density.apply(check_activations(x), check_token_mask(mask, x), epsilon, relative)
 
 
 def exact_density(x: Tensor, *, threshold: float = 0.0, mask: Tensor | None = None) -> Tensor:
@@ -107,16 +105,16 @@ class _Density(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, epsilon: float, relative: bool) -> tuple[Tensor, Tensor]:
         """Return ``x`` and its density."""
-        exact, valid = _upcast(x), _valid(x, mask)
+        exact, valid = upcast(x), valid_count(x, mask)
         inverse: float | Tensor = 1 / max(epsilon, SMALLEST_EPSILON)
         if relative:
-            square = _sum(exact.square(), mask) / _at_least_one(valid)
+            square = valid_sum(exact.square(), mask) / at_least_one(valid)
             inverse = square.mul_(epsilon).clamp_min_(SMALLEST_EPSILON).reciprocal_()
         ctx.save_for_backward(x, mask, inverse if relative else None)
         ctx.inverse = None if relative else inverse
         ctx.set_materialize_grads(False)
-        zeros = _sum(_spread(exact, inverse).reciprocal_(), mask)
-        return x.view_as(x), (valid - zeros) / _at_least_one(valid)
+        zeros = valid_sum(_spread(exact, inverse).reciprocal_(), mask)
+        return x.view_as(x), (valid - zeros) / at_least_one(valid)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -124,11 +122,11 @@ class _Density(torch.autograd.Function):
         x, mask, inverse = ctx.saved_tensors
         if grad_density is not None:
             inverse = ctx.inverse if inverse is None else inverse
-            exact = _upcast(x)
+            exact = upcast(x)
             slope = _spread(exact, inverse).pow_(-2).mul_(exact)
             if mask is not None:
                 slope.masked_fill_(~mask, 0.0)
-            strength = grad_density * (2 * inverse / _at_least_one(_valid(x, mask)))
+            strength = grad_density * (2 * inverse / at_least_one(valid_count(x, mask)))
             grad = slope.mul_(strength).to(x.dtype) if grad is None else grad.addcmul(slope, strength).to(grad.dtype)
         return grad, None, None, None
 
@@ -140,21 +138,23 @@ def _spread(x: Tensor, inverse: float | Tensor) -> Tensor:
     return torch.addcmul(x.new_ones(()), x, x, value=inverse)
 
 
-def _valid(x: Tensor, mask: Tensor | None) -> int | Tensor:
+def valid_count(x: Tensor, mask: Tensor | None) -> int | Tensor:
     """Number of valid elements."""
     return x.numel() if mask is None else mask.sum() * x.shape[-1]
 
 
-def _at_least_one(count: int | Tensor) -> int | Tensor:
+def at_least_one(count: int | Tensor) -> int | Tensor:
+    """A number to divide by."""
     return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
 
 
-def _sum(x: Tensor, mask: Tensor | None) -> Tensor:
+def valid_sum(x: Tensor, mask: Tensor | None) -> Tensor:
     """Sum of the valid elements, whatever the others hold."""
     return x.sum() if mask is None else torch.where(mask, x.sum(-1, keepdim=True), 0.0).sum()
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -170,6 +170,13 @@ def check_threshold(threshold: float) -> float:
     if not threshold >= 0:
         raise ValueError(f"`threshold` must be >= 0, got {threshold}.")
     return threshold
+
+
+def check_activations(x: Tensor) -> Tensor:
+    """Return ``x`` or raise a ValueError."""
+    if not torch.is_floating_point(x) or x.dim() == 0:
+        raise ValueError(f"`x` must be floating point of shape (..., width), got {tuple(x.shape)} {x.dtype}.")
+    return x
 
 
 def check_token_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:

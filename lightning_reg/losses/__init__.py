@@ -1,6 +1,8 @@
 """Functionals with a sign and a reduction: modules on explicit tensors, always minimised."""
 
 from lightning_reg.losses.activation_density import ActivationDensityLoss
+from lightning_reg.losses.activation_hoyer import ActivationHoyerLoss
+from lightning_reg.losses.activation_l1 import ActivationL1Loss
 from lightning_reg.losses.attention_entropy import AttentionEntropyLoss
 
-__all__ = ["ActivationDensityLoss", "AttentionEntropyLoss"]
+__all__ = ["ActivationDensityLoss", "ActivationHoyerLoss", "ActivationL1Loss", "AttentionEntropyLoss"]

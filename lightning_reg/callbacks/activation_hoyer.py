@@ -1,0 +1,35 @@
+"""Activation Hoyer-square as a callback: which MLPs, when, how strong. The penalty is `losses.activation_hoyer`."""
+
+from lightning_reg.callbacks.regularizer import HiddenRegularizer, Mask
+from lightning_reg.capture import Targets
+from lightning_reg.losses import ActivationHoyerLoss
+from lightning_reg.schedules import Schedule
+
+
+class ActivationHoyerRegularizer(HiddenRegularizer):
+    """Make MLP activations sparse by the Hoyer-square of each token, whatever their scale.
+
+    The penalty is the mean over sites of the mean over valid tokens of ``||x||_1^2 / (width ||x||_2^2)``, where x is
+    the *input* of each MLP's down-projection.
+
+    Args:
+        weight: Strength, >= 0. 0 measures and logs without touching the training.
+        targets: Down-projections; all MLPs when left out.
+        schedule: Factor on ``weight`` over the training.
+        mask: Key or index of the batch's valid tokens (batch, tokens), or a function of the batch.
+        allow_unused: Accept targets that do not run, or have no gradient, in the first step.
+        name: Name in logs and checkpoints.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        targets: Targets = None,
+        schedule: Schedule | None = None,
+        mask: Mask = None,
+        allow_unused: bool = False,
+        name: str = "activation_hoyer",
+    ) -> None:
+        super().__init__(weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name)
+        self.loss = ActivationHoyerLoss()

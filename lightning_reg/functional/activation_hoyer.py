@@ -1,0 +1,104 @@
+r"""Hoyer-square of activations: how evenly a token's activation spreads over the width, whatever its scale.
+
+Formula
+    For a token of width d: ``H = ||x||_1^2 / (d ||x||_2^2)``; the mean over valid tokens.
+    ``dH/dx_i = 2 ||x||_1 (sign(x_i) ||x||_2^2 - ||x||_1 x_i) / (d ||x||_2^4)``, orthogonal to x.
+Source
+    Kurtz et al. 2020 (Inducing and exploiting activation sparsity, section 2.1), after Hoyer 2004; per token as in
+    D2DMoE (arXiv 2310.04361). Public code takes it over the whole batch and gives NaN for zeros, or 1 to d.
+Input
+    Activations ``x`` of any shape (..., width), normally the input of an MLP's down-projection.
+Unit and range
+    Dimensionless: 1 / width when one activation holds everything, 1 when all magnitudes are equal, and 0 for a token
+    that is all zero. k equal non-zeros give k / width, so it reads as a density.
+Where it acts
+    It pushes activations below ``||x||_2^2 / ||x||_1`` to zero and lets larger ones grow.
+Default and why
+    Divided by the width, so that a weight does not depend on it.
+Cost
+    One pass forward and one backward, with two numbers for each token; keeps only ``x``.
+When it hurts
+    Small tokens count as much as large ones. A dead ReLU has no gradient.
+Not together with
+    Nothing known; it does not see the scale, so it adds well to a penalty that does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_reg.functional.activation_density import (
+    at_least_one,
+    check_activations,
+    check_token_mask,
+    upcast,
+    valid_sum,
+)
+
+
+def activation_hoyer(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean over valid tokens of ``||x||_1^2 / (width ||x||_2^2)``.
+
+    Args:
+        x: Activations (..., width).
+        mask: Valid positions, True = valid, shape of ``x`` without its last axis.
+
+    Returns:
+        Scalar in [0, 1], float32 (float64 for float64 input); 0 when no position is valid.
+
+    Raises:
+        ValueError: If ``x`` or ``mask`` does not fit.
+
+    Example:
+        >>> activation_hoyer(torch.tensor([[0.0, 3.0, 0.0, -3.0]]))
+        tensor(0.5000)
+    """
+    return hoyer_tap(x, mask=mask)[1]
+
+
+def hoyer_tap(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` unchanged, and its Hoyer-square joined to the same autograd node. Arguments as ``activation_hoyer``."""
+    return _Hoyer.apply(check_activations(x), check_token_mask(mask, x))
+
+
+class _Hoyer(torch.autograd.Function):
+    """One node for the value and its Hoyer-square."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and its Hoyer-square."""
+        ctx.save_for_backward(x, mask)
+        ctx.set_materialize_grads(False)
+        _, _, l1, square = _norms(x)
+        return x.view_as(x), valid_sum(l1.square() / (square * max(1, x.shape[-1])), mask) / _tokens(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_hoyer: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Add the gradient of the Hoyer-square to that of ``x``."""
+        x, mask = ctx.saved_tensors
+        if grad_hoyer is not None:
+            unit, scaled, l1, square = _norms(x)
+            strength = grad_hoyer * 2 / (_tokens(x, mask) * max(1, x.shape[-1]))
+            per_token = strength * l1 / (square * unit)
+            if mask is not None:
+                per_token = per_token.masked_fill(~mask, 0.0)
+            pull = (scaled.sign() - scaled * (l1 / square)) * per_token
+            # where nothing but the sign is left of a number too small to be squared, and in padding
+            pull = pull.masked_fill(per_token == 0, 0.0)
+            grad = (pull if grad is None else grad + pull).to(x.dtype)
+        return grad, None
+
+
+def _norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(unit, x / unit, L1, L2 squared)`` of each token, in units of its largest magnitude: nothing overflows."""
+    exact = upcast(x)
+    unit = exact.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else exact.new_ones(*x.shape[:-1], 1)
+    unit = torch.where(unit == 0, 1.0, unit)
+    scaled = exact / unit
+    square = scaled.square().sum(-1, keepdim=True)
+    return unit, scaled, scaled.abs().sum(-1, keepdim=True), torch.where(square == 0, 1.0, square)
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> int | Tensor:
+    return at_least_one(x[..., :1].numel() if mask is None else mask.sum())

@@ -1,0 +1,96 @@
+r"""Mean magnitude of activations, the L1 penalty of ProSparse.
+
+Formula
+    ``l1 = mean over valid x of |x|``; gradient ``sign(x) / count``. With ``relative`` it is divided by the root mean
+    square of the valid ``x``, through which no gradient flows.
+Source
+    ProSparse (Song et al. 2024, arXiv 2402.13516, section 3.2) adds ``lambda * ||x||_1`` for each layer, a *sum*. With
+    n tokens of width d in a batch its lambda is ``lambda * n * d`` here.
+Input
+    Activations ``x`` of any shape (..., width), normally the input of an MLP's down-projection.
+Unit and range
+    Units of ``x``, >= 0; with ``relative`` dimensionless, in [0, 1].
+Where it acts
+    The pull is the same at every magnitude, so large activations shrink too. At exactly 0 there is none: a dead ReLU
+    stays dead.
+Default and why
+    Mean instead of sum, so that a weight does not depend on batch, length or width.
+Cost
+    Element-wise, one pass forward and one backward; keeps only ``x``, which the next layer keeps anyway.
+When it hurts
+    It falls without a single new zero when the model makes x smaller and the down-projection larger; ``relative``
+    takes that way out. On GELU and SiLU nothing becomes exactly 0: substitute the activation, or penalise what enters
+    it.
+Not together with
+    Weight decay tuned without it: decay holds the down-projection small, which is what stops the way out above.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_reg.functional.activation_density import (
+    at_least_one,
+    check_activations,
+    check_token_mask,
+    upcast,
+    valid_count,
+    valid_sum,
+)
+
+TINY = 1e-30  # an all-zero input has no root mean square to be measured in
+
+
+def activation_l1(x: Tensor, *, mask: Tensor | None = None, relative: bool = False) -> Tensor:
+    """Mean of ``|x|`` over valid elements.
+
+    Args:
+        x: Activations (..., width).
+        mask: Valid positions, True = valid, shape of ``x`` without its last axis.
+        relative: Divide by the root mean square of the valid elements, held fixed.
+
+    Returns:
+        Scalar >= 0, float32 (float64 for float64 input); 0 when no position is valid.
+
+    Raises:
+        ValueError: If ``x`` or ``mask`` does not fit.
+
+    Example:
+        >>> activation_l1(torch.tensor([[0.0, 2.0, 0.0, -4.0]]))
+        tensor(1.5000)
+    """
+    return l1_tap(x, mask=mask, relative=relative)[1]
+
+
+def l1_tap(x: Tensor, *, mask: Tensor | None = None, relative: bool = False) -> tuple[Tensor, Tensor]:
+    """``x`` unchanged, and its L1 joined to the same autograd node. Arguments as ``activation_l1``."""
+    return _L1.apply(check_activations(x), check_token_mask(mask, x), relative)
+
+
+class _L1(torch.autograd.Function):
+    """One node for the value and its L1, so that one pass writes ``grad + grad_l1 * sign(x) / count``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, relative: bool) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and its L1."""
+        exact, count = upcast(x), at_least_one(valid_count(x, mask))
+        l1, unit = valid_sum(exact.abs(), mask) / count, None
+        if relative:
+            unit = (valid_sum(exact.square(), mask) / count).sqrt().clamp_min(TINY)
+            l1 = l1 / unit
+        ctx.save_for_backward(x, mask, unit)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), l1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_l1: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Add ``grad_l1 * sign(x) / count`` to the gradient of ``x``."""
+        x, mask, unit = ctx.saved_tensors
+        if grad_l1 is not None:
+            strength = grad_l1 / at_least_one(valid_count(x, mask))
+            strength = strength if unit is None else strength / unit
+            sign = x.sign() if mask is None else x.sign().masked_fill(~mask, 0.0)
+            pull = upcast(sign) * strength
+            grad = (pull if grad is None else grad + pull).to(x.dtype)
+        return grad, None, None
