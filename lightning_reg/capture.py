@@ -169,6 +169,15 @@ def _own_class(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(replaced))
 
 
+def broadcast_leading(query: Tensor, key: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor]:
+    """Queries and keys with the same leading axes: torch's attention broadcasts them, learned latents rely on it."""
+    own = 3 if enable_gqa else 2
+    if query.shape[:-own] == key.shape[:-own]:
+        return query, key
+    lead = torch.broadcast_shapes(query.shape[:-own], key.shape[:-own])
+    return query.expand(*lead, *query.shape[-own:]), key.expand(*lead, *key.shape[-own:])
+
+
 def padding_free(shown: Tensor, rows: int) -> Tensor | None:
     """Queries that are no padding, (batch, heads, queries), from what each sees, (batch, heads, queries, keys).
 

@@ -343,6 +343,8 @@ class Engine:
         mode = self._mode()
         self._note_compiling()
         groups = [] if mode is Mode.SKIP or not site.awake else list(_by_top_k(site.attention))
+        if groups:
+            query, key = capture.broadcast_leading(query, key, enable_gqa)
         shown = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
         square = groups and query.shape[-2] == key.shape[-2]
         valid = capture.padding_free(shown, key.shape[-2]) if square and shown is not None else None

@@ -312,3 +312,39 @@ def test_frozen_prefix_without_gradient_is_named() -> None:
     with regularize(model, [ActivationDensityRegularizer(0.1)]) as reg:
         with pytest.raises(RuntimeError, match=r"blocks.0.mlp.fc2: the penalty has no gradient.*allow_unused=True"):
             reg.add(model(torch.randn(2, 1, 8, 8)).mean())
+
+
+class Latents(nn.Module):
+    """Attention between a batch and learned latents, as Perceivers have it; torch broadcasts them."""
+
+    def __init__(self, learned: str, heads: int) -> None:
+        super().__init__()
+        self.learned, self.project = learned, nn.Linear(4, 8)
+        self.latents = nn.Parameter(torch.randn(1, heads, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.project(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        query, key = (self.latents, seen) if self.learned == "query" else (seen, self.latents)
+        return F.scaled_dot_product_attention(query, key, key)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("learned", ["query", "key"])
+def test_broadcast_latents_are_seen_with_their_gradient(learned: str, heads: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"attention": Latents(learned, heads)}).train(), torch.randn(5, 6, 4)
+    plain = model["attention"](x)
+    with regularize(model, [AttentionEntropyRegularizer(1.0, objective="minimize", normalize=False)]) as reg:
+        output = model["attention"](x)
+        reg.add(output.sum() * 0).backward()
+        value = reg.values["attention_entropy/value"].item()
+    torch.testing.assert_close(output, plain)
+    got = model["attention"].latents.grad.clone()
+    model.zero_grad()
+    seen = model["attention"].project(x).unflatten(-1, (2, 4)).transpose(1, 2)
+    pair = (model["attention"].latents, seen) if learned == "query" else (seen, model["attention"].latents)
+    log_p = (pair[0] @ pair[1].mT / 2).log_softmax(-1)
+    wanted = -(log_p.exp() * log_p).sum(-1).mean()
+    wanted.backward()
+    assert value == pytest.approx(wanted.item(), abs=1e-6)
+    torch.testing.assert_close(got, model["attention"].latents.grad)
