@@ -111,6 +111,9 @@ def test_attention_and_projections_are_found(name: str) -> None:
     assert fired(model, ActivationDensityRegularizer(0.1), forward) == projections
 
 
+ONE_NODE = ("timm_vit_fused", "torch_encoder", "bert_sdpa", "gpt2_sdpa", "llama_sdpa")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_output_is_the_models_and_every_parameter_before_attention_feels_it(name: str) -> None:
     make, forward, _, _ = MODELS[name]
@@ -120,7 +123,8 @@ def test_output_is_the_models_and_every_parameter_before_attention_feels_it(name
     with regularize(model, [AttentionEntropyRegularizer(0.1), ActivationDensityRegularizer(0.1, epsilon=0.1)]) as reg:
         torch.manual_seed(1)
         watched = forward(model)
-        torch.testing.assert_close(watched, plain, rtol=0, atol=1e-6)
+        # bit for bit, except where small attention and its entropy are computed in one node
+        assert torch.equal(watched, plain) or (name in ONE_NODE and torch.allclose(watched, plain, rtol=0, atol=1e-6))
         reg.add(watched.sum() * 0).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 

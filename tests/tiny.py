@@ -85,6 +85,7 @@ class Tiny(pl.LightningModule):
         handwritten: Add the penalty in `training_step`: the reference.
         returns: What `training_step` returns: tensor, dict, or None on every third batch.
         optimizer: sgd, adam or lbfgs.
+        iterations: Of lbfgs in a step, each a line search.
     """
 
     def __init__(
@@ -94,11 +95,13 @@ class Tiny(pl.LightningModule):
         returns: str = "tensor",
         optimizer: str = "sgd",
         batches: int = 8,
+        iterations: int = 3,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = Net(use_reentrant)
         self.handwritten, self.returns, self.optimizer, self.batches = handwritten, returns, optimizer, batches
+        self.iterations = iterations
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -118,7 +121,7 @@ class Tiny(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.optimizer == "lbfgs":
-            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=self.iterations, line_search_fn="strong_wolfe")
         if self.optimizer == "adam":
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.5)
