@@ -1,8 +1,9 @@
 """Finds the places a regularizer acts on, and sees what passes there: the only code that hooks or patches.
 
-Two roles so far. ``mlp_hidden`` is the input of an MLP's down-projection, so the gated product where there is a gate,
-taken by a forward pre-hook. ``attention`` is caught where it is computed: while a training batch is in flight,
-``F.scaled_dot_product_attention`` and ``softmax`` are replaced, in every spelling, by versions that look at the
+Three roles so far. ``mlp_hidden`` is the input of an MLP's down-projection, so the gated product where there is a gate.
+``mlp_pre_activation`` is what enters its activation: the input of that module, or the output of the projection before
+it where the activation is a function. ``attention`` is caught where it is computed: while a training batch is in
+flight, ``F.scaled_dot_product_attention`` and ``softmax`` are replaced, in every spelling, by versions that look at the
 innermost module running and, if a regularizer wants it, show the queries and keys, or the scores, to the engine.
 Hooks are module-level functions that read the ``Site`` stored on the module: nothing about a site is baked into
 compiled code, so compiled blocks still share it.
@@ -11,8 +12,10 @@ compiled code, so compiled blocks still share it.
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +41,15 @@ _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 _WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "CheckpointWrapper")
 _ATTENTION_PATH = re.compile(r"(^|\.)(\w*_)?(attn|attention|mha)(\.|$)", re.IGNORECASE)
+_NEVER_ACTIVATION = (
+    nn.Identity, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention, nn.LayerNorm,
+    nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, torchmetrics.Metric,
+)  # fmt: skip
+_GATE_NAME = re.compile(r"gate|^wi_0$|^w1$|^fc1_g$", re.IGNORECASE)
+_ACTIVATION_CLASS = re.compile(r"([rgsce]e|si|^e)lu|relu|swish|mish|activation", re.IGNORECASE)
+_ACTIVATION_NAME = re.compile(
+    r"(\w*_)?(act|activation|non_?linearity)(_?(fn|fun|func|function|layer))?\d*", re.IGNORECASE
+)
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
@@ -68,6 +80,11 @@ def match_targets(targets: Targets, modules: dict[str, nn.Module], argument: str
             )
         selected |= found
     return selected
+
+
+def explicit_targets(targets: Targets, model: nn.Module) -> set[str] | None:
+    """Names that ``targets`` selects among all modules; None when it is left out."""
+    return None if targets is None else match_targets(targets, named_modules(model))
 
 
 def _selects(entry: Target, name: str, module: nn.Module, argument: str) -> bool:
@@ -115,24 +132,157 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" and "transformers" in cls.__module__ for cls in type(module).__mro__)
 
 
-def find_down_projections(root: nn.Module) -> list[str]:
-    """Names of MLP down-projections: a wide-to-narrow map preceded, in the same block, by the matching narrow-to-wide.
+@dataclass(frozen=True)
+class Mlp:
+    """An MLP of a model, by the names of its parts.
+
+    Args:
+        block: The innermost module that holds all of it.
+        ups: Its narrow-to-wide maps: one, or gate and up, or both fused in one of twice the width.
+        down: Its wide-to-narrow map.
+        activations: Attributes that hold its activation, a module or a function; empty when its code calls it inline.
+    """
+
+    block: str
+    ups: tuple[str, ...]
+    down: str
+    activations: tuple[str, ...]
+
+
+def find_mlps(root: nn.Module) -> list[Mlp]:
+    """MLPs: a wide-to-narrow map preceded, in the same block, by the matching narrow-to-wide.
 
     The same block means a common parent or grandparent; a fused gate and up projection counts with half its width.
     Projections of attention are left out by the names of their parents.
     """
     sizes = {name: size for name, module in named_modules(root).items() if (size := projection_sizes(module))}
-    found: list[str] = []
-    earlier: list[tuple[str, tuple[int, int]]] = []
+    found: list[Mlp] = []
+    earlier: list[str] = []
     for name, (wide, narrow) in sizes.items():
-        parents = [name.rpartition(".")[0]]
-        parents.append(parents[0].rpartition(".")[0] if "." in parents[0] else parents[0])
-        local = name[len(parents[1]) :]
-        ups = (up for up, (i, o) in earlier if i == narrow and o in (wide, 2 * wide) and _inside(up, parents[1]))
-        if wide > narrow and not _ATTENTION_PATH.search(local) and any(ups):
-            found.append(name)
-        earlier.append((name, sizes[name]))
+        parent = name.rpartition(".")[0]
+        grandparent = parent.rpartition(".")[0] if "." in parent else parent
+        local = name[len(grandparent) :]
+        for scope in dict.fromkeys((parent, grandparent)):
+            ups = [up for up in earlier if _inside(up, scope) and _feeds(sizes[up], wide, narrow)]
+            if wide > narrow and ups and not _ATTENTION_PATH.search(local):
+                after = max((earlier.index(mlp.down) for mlp in found if _inside(mlp.down, scope)), default=-1)
+                ups = [up for up in ups if earlier.index(up) > after] or ups[-1:]
+                block = _common([*ups, name])
+                found.append(Mlp(block, tuple(ups), name, _activations_of(root, block, ups, name)))
+                break
+        earlier.append(name)
     return found
+
+
+def select_mlps(targets: Targets, model: nn.Module) -> list[Mlp]:
+    """MLPs whose down-projections ``targets`` selects, all of them when it is left out.
+
+    Raises:
+        ValueError: If there are none, or something else is selected.
+    """
+    selected = explicit_targets(targets, model)
+    found = {mlp.down: mlp for mlp in find_mlps(model)}
+    modules = named_modules(model)
+    if selected is None:
+        if not found:
+            names = [name for name, module in modules.items() if projection_sizes(module)]
+            raise ValueError(
+                "no MLP down-projection was found: no wide-to-narrow linear map follows the matching narrow-to-wide "
+                f"one. Name it with `targets=`; the linear maps are {', '.join(names[:8]) or 'none'}."
+            )
+        return list(found.values())
+    for name in selected:
+        if projection_sizes(modules[name]) is None:
+            inside = [other for other in found if other.startswith(f"{name}.")]
+            remedy = f" Its down-projections: {', '.join(inside[:5])}." if inside else ""
+            raise ValueError(
+                f"`targets` must name down-projections, whose input is regularized; {name or 'the model'!r} is a "
+                f"{type(modules[name]).__name__}.{remedy}"
+            )
+    return [found.get(name) or Mlp("", (), name, ()) for name in modules if name in selected]
+
+
+def pre_activation_site(root: nn.Module, mlp: Mlp) -> str:
+    """Name of the module where the pre-activation of an MLP passes: its activation, or the projection before it.
+
+    Raises:
+        ValueError: If the activation is a function and it is unknown which of several projections it follows.
+    """
+    names = {id(module): name for name, module in named_modules(root).items()}
+    for path in mlp.activations:
+        if (value := attribute(root, path)) is not None and id(value) in names:
+            return names[id(value)]
+    sizes = {name: projection_sizes(module) for name, module in named_modules(root).items()}
+    if len(mlp.ups) == 1 and sizes[mlp.ups[0]][1] == sizes[mlp.down][0]:  # type: ignore[index]
+        return mlp.ups[0]
+    gates = [up for up in mlp.ups if _GATE_NAME.search(up.rpartition(".")[2])]
+    if len(gates) == 1 and len(mlp.ups) > 1:
+        return gates[0]
+    raise ValueError(
+        f"the MLP of {mlp.down!r} calls its activation as a function, and which of {', '.join(mlp.ups)} it follows "
+        "is unknown. Name that projection with `targets=`."
+    )
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """The attribute at a path, looking through wrappers."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(named_modules(root)[owner], name)
+    return getattr(value, "_orig_mod", value)
+
+
+def find_down_projections(root: nn.Module) -> list[str]:
+    """Names of MLP down-projections."""
+    return [mlp.down for mlp in find_mlps(root)]
+
+
+def _feeds(up: tuple[int, int], wide: int, narrow: int) -> bool:
+    return up[0] == narrow and up[1] in (wide, 2 * wide)
+
+
+def _common(names: list[str]) -> str:
+    """The innermost module that holds all of them."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))
+    return ".".join(parts[0] for parts in shared)
+
+
+def _activations_of(root: nn.Module, block: str, ups: list[str], down: str) -> tuple[str, ...]:
+    """Attributes in a block that hold an activation; those between up and down in its order, if there are any."""
+    paths = list(_attributes(named_modules(root)[block], block))
+    found = [path for path, value in paths if is_activation(path, value)]
+    order = [path for path, _ in paths]
+    between = [path for path in found if order.index(ups[0]) < order.index(path) < order.index(down)]
+    return tuple(between or found)
+
+
+def _attributes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Child modules and callables of a module by path, in its order, without those of attention."""
+    for name, value in [*module._modules.items(), *module.__dict__.items()]:
+        path = f"{prefix}.{name}".lstrip(".")
+        if isinstance(value, nn.Module):
+            bare = getattr(value, "_orig_mod", value)
+            yield _WRAPPERS.sub("", path), bare
+            if not _ATTENTION_PATH.search(f".{name}") and not is_activation(path, bare):
+                yield from _attributes(bare, _WRAPPERS.sub("", path))  # type: ignore[arg-type]
+        elif callable(value) and not name.startswith("_"):
+            yield path, value
+
+
+def is_activation(path: str, value: Any) -> bool:
+    """Whether an attribute holds an activation function: by its class, or by its name."""
+    attribute = path.rpartition(".")[2]
+    if not isinstance(value, nn.Module):
+        named = _ACTIVATION_CLASS.search(getattr(value, "__name__", "")) or _ACTIVATION_NAME.fullmatch(attribute)
+        return callable(value) and not isinstance(value, type) and bool(named)
+    if isinstance(value, _NEVER_ACTIVATION) or any(True for _ in value.children()) or projection_sizes(value):
+        return False
+    kind = type(value)
+    return (
+        kind.__module__ == "torch.nn.modules.activation"
+        or bool(_ACTIVATION_CLASS.search(kind.__name__))
+        or bool(_ACTIVATION_NAME.fullmatch(attribute))
+    )
 
 
 def _inside(name: str, parent: str) -> bool:
@@ -197,21 +347,26 @@ class Site:
         self.engine: Engine | None = engine
         self.attention: list[Tap] = []
         self.hidden: list[Tap] = []
+        self.pre_activation: list[Tap] = []
         self.explicit = False  # the user named it: any softmax in its forward is attention
         self.path = f"{name} {type(module).__name__}"
 
     @property
     def awake(self) -> bool:
         """Whether any tap is to see this step."""
-        return any(tap.awake for taps in (self.attention, self.hidden) for tap in taps)
+        return any(tap.awake for taps in (self.attention, self.hidden, self.pre_activation) for tap in taps)
 
     def __deepcopy__(self, memo: dict) -> "Site":
         copy = Site.__new__(Site)
-        copy.__dict__.update(self.__dict__, engine=None, attention=[], hidden=[])
+        copy.__dict__.update(self.__dict__, engine=None, attention=[], hidden=[], pre_activation=[])
         return copy
 
     def __reduce__(self) -> tuple:
         return _no_site, ()
+
+    def taps(self, role: str) -> "list[Tap]":
+        """Those of a role."""
+        return {"attention": self.attention, "mlp_hidden": self.hidden, "mlp_pre_activation": self.pre_activation}[role]
 
     def takes_softmax(self, scores: Tensor, dim: int) -> bool:
         """Whether a softmax in this module's forward is attention rather than class probabilities or routing."""
@@ -242,11 +397,19 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
         pass
 
 
-def _show_hidden(module: nn.Module, args: tuple) -> tuple | None:
+def _show_input(module: nn.Module, args: tuple) -> tuple | None:
     site = getattr(module, SITE)
-    if not args or site.engine is None or not module.training or not site.hidden:
+    if not args or site.engine is None or not module.training:
         return None
-    return (site.engine.observe_hidden(site, args[0]), *args[1:])
+    taps = site.hidden if projection_sizes(module) else site.pre_activation
+    return (site.engine.observe_activations(site, taps, args[0], "input"), *args[1:]) if taps else None
+
+
+def _show_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    site = getattr(module, SITE)
+    if site.engine is None or not module.training or not site.pre_activation:
+        return None
+    return site.engine.observe_activations(site, site.pre_activation, output, "output")
 
 
 def attach_hooks(sites: Iterable[tuple[nn.Module, Site]]) -> list[Any]:
@@ -260,8 +423,11 @@ def attach_hooks(sites: Iterable[tuple[nn.Module, Site]]) -> list[Any]:
         if site.attention:
             handles.append(module.register_forward_pre_hook(_enter))
             handles.append(module.register_forward_hook(_leave))
-        if site.hidden:
-            handles.append(module.register_forward_pre_hook(_show_hidden))
+        projection = projection_sizes(module) is not None
+        if site.hidden or (site.pre_activation and not projection):
+            handles.append(module.register_forward_pre_hook(_show_input))
+        if site.pre_activation and projection:
+            handles.append(module.register_forward_hook(_show_output))
     return handles
 
 

@@ -166,7 +166,7 @@ class Engine:
         site = self.sites[name][1]
         site.explicit |= explicit
         tap = Tap(site, regularizer)
-        taps = site.attention if regularizer.role == "attention" else site.hidden
+        taps = site.taps(regularizer.role)
         taps.append(tap)
         taps.sort(key=lambda tap: tap.regularizer.top_k or 0)
         return tap
@@ -316,22 +316,22 @@ class Engine:
 
     # --- what passes at a site ---
 
-    def observe_hidden(self, site: capture.Site, x: Tensor) -> Tensor:
-        """Show the input of a projection to the taps of ``site``; returns the tensor to go on with."""
+    def observe_activations(self, site: capture.Site, taps: list[Tap], x: Tensor, place: str) -> Tensor:
+        """Show the input or output of ``site`` to its taps of one role; returns the tensor to go on with."""
         mode = self._mode()
         self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             return x
-        for tap in site.hidden:
+        for tap in taps:
             if tap.live:
-                x, penalty, value = tap.regularizer.see_hidden(x, tap.mask)
+                x, penalty, value = tap.regularizer.see_activations(x, tap.mask)
                 (x,) = self._record(mode, tap, (x,), penalty, value)
             elif mode is not Mode.REPEAT and tap.awake:
                 with torch.no_grad():
-                    _, _, value = tap.regularizer.see_hidden(x.detach(), tap.mask)
+                    _, _, value = tap.regularizer.see_activations(x.detach(), tap.mask)
                 self._record(mode, tap, (), None, value)
             if not torch.compiler.is_compiling() and not tap.shape:
-                tap.shape, tap.method = _sizes(x), "input"
+                tap.shape, tap.method = _sizes(x), place
         return x
 
     def observe_attention(
@@ -548,6 +548,7 @@ class regularize:
         joined = engine.join(loss)
         engine.check_first_step()
         for regularizer in engine.regularizers:
+            regularizer.observe(self.model)
             value, weighted = engine.totals.get(regularizer.name, (torch.zeros(()), torch.zeros(())))
             self.values[f"{regularizer.name}/value"] = value
             self.values[f"{regularizer.name}/weight"] = torch.tensor(regularizer.strength)

@@ -4,12 +4,16 @@ A schedule returns a factor that multiplies the callback's ``weight``. Times are
 and fractions of the whole training when given as ``float``: ``duration=500`` is 500 steps, ``duration=0.5`` half the
 training. Outside its interval a schedule holds its end values. A schedule has no state of its own: its value follows
 from the trainer's step, which the checkpoint restores, so a resumed run continues it exactly.
+
+``TargetController`` is the exception: it moves the factor until a measured quantity meets its target, and what it has
+learnt is its state, which the callback saves.
 """
 
 import bisect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, Literal
 
 
 class Schedule(ABC):
@@ -219,6 +223,181 @@ class ProSparse(Schedule):
             return self.peaks[stage]
         before, progress = self.peaks[stage - 1], (step - ends[stage - 1]) / (ends[stage] - ends[stage - 1])
         return before + (self.peaks[stage] - before) * (1 + math.sin(-math.pi / 2 + math.pi * progress)) / 2
+
+
+# (end in optimizer steps, lambda) of ProSparse's Table 6, ends accumulated and including stage 0
+_PROSPARSE = {
+    "1b": [(10_000, 0.0), (15_000, 1e-3), (20_000, 5e-3), (25_000, 5e-3), (35_000, 5e-2), (95_000, 5e-2)],
+    "7b": [(5_000, 0.0), (6_000, 5e-3), (10_000, 5e-2), (12_000, 5e-2), (16_000, 2e-1), (16_500, 2e-1)],
+    "13b": [(5_500, 0.0), (6_750, 5e-3), (10_750, 1e-2), (11_000, 1e-2), (15_000, 2e-2), (16_000, 2e-2)],
+}
+
+
+def prosparse_stages(
+    table: str, *, tokens: int, width: int, layers: int, unit: float = 1e-8, fractions: bool = False
+) -> list[tuple[float, float]]:
+    """Published stages of ProSparse in this library's units, for ``ProSparse`` and ``ProgressiveSparsity``.
+
+    The paper adds ``lambda * ||x||_1`` for each layer: a sum over tokens, width and layers. The public code of the
+    same group (BlockFFN) multiplies it by 1e-8. Here a penalty is the mean over tokens, width and layers, so the weight
+    is ``lambda * unit * tokens * width * layers``: 2.9 for the last stage of the 7B model.
+
+    Args:
+        table: ``"1b"``, ``"7b"`` or ``"13b"``.
+        tokens: Tokens of a micro-batch, which the paper's sum runs over: 4096 for a single sequence of its length.
+        width: Width of the MLP's hidden layer: 11008 for the 7B, 13824 for the 13B model.
+        layers: Number of MLPs: 32 for the 7B, 40 for the 13B model.
+        unit: Factor of the public code. That ProSparse itself was trained with it is not verified.
+        fractions: Give the ends as fractions of the training instead of the published steps.
+
+    Returns:
+        ``(end, weight)`` of each stage.
+
+    Raises:
+        ValueError: If the table is unknown or a number is not positive.
+
+    Example:
+        >>> prosparse_stages("7b", tokens=4096, width=11008, layers=32)[-1]
+        (16500, 2.885681152)
+    """
+    if table.lower() not in _PROSPARSE:
+        raise ValueError(f"`table` must be one of {', '.join(map(repr, _PROSPARSE))}, got {table!r}.")
+    for name, value in (("tokens", tokens), ("width", width), ("layers", layers), ("unit", unit)):
+        if not value > 0:
+            raise ValueError(f"`{name}` must be > 0, got {value}.")
+    stages, sum_to_mean = _PROSPARSE[table.lower()], unit * tokens * width * layers
+    last = stages[-1][0]
+    return [(end / last if fractions else end, peak * sum_to_mean) for end, peak in stages]
+
+
+class TargetController(Schedule):
+    """Moves a regularizer's weight until a measured quantity meets its target: ask for a density, not for a weight.
+
+    Each update compares the moving average ``m`` of the quantity, averaged over all processes, with the target ``t``:
+    ``error = clip((m - t) / |t|, -1, 1)``, 0 inside the dead band. Then
+    ``log factor += gain * error + damping * (error - previous error)``, limited to ``[minimum, maximum]``; the limited
+    factor is the state, so it does not wind up behind a limit. ``rule="sign"`` multiplies the factor by ``exp(gain)``
+    or divides by it (ReMoE: ``gain=log(1.2)``, no averaging).
+
+    Args:
+        target: What to hold, not 0. For ``"density"`` in (0, 1).
+        quantity: ``"density"`` is the share of activations that are not 0, ``"value"`` what the regularizer logs as
+            its value (its entropy, its L1), anything else the name of a logged number.
+        raises: Whether a larger weight makes the quantity larger; asked of the regularizer when left out.
+        rule: ``"proportional"`` or ``"sign"``.
+        gain: Change of the log of the factor per update at full error, > 0.
+        damping: Reaction to the change of the error, >= 0.
+        smoothing: Of the moving average, in [0, 1): 0 takes each measurement as it is.
+        dead_band: Relative error that is left alone, >= 0.
+        minimum: Smallest factor on the callback's weight, > 0.
+        maximum: Largest factor on the callback's weight.
+        start: Factor to begin with.
+        warmup: Steps (int) or fraction of training (float) during which the factor stays at ``start``.
+        hold: Freeze the factor once the quantity is within the dead band.
+        every: Optimizer steps between two updates. Each update waits for the device.
+        threshold: Of ``"density"``: magnitude up to which an activation counts as zero.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        *,
+        quantity: str = "density",
+        raises: bool | None = None,
+        rule: Literal["proportional", "sign"] = "proportional",
+        gain: float = 0.1,
+        damping: float = 1.0,
+        smoothing: float = 0.9,
+        dead_band: float = 0.02,
+        minimum: float = 1e-4,
+        maximum: float = 1e4,
+        start: float = 1.0,
+        warmup: int | float = 0,
+        hold: bool = False,
+        every: int = 1,
+        threshold: float = 0.0,
+    ) -> None:
+        if not isinstance(target, (int, float)) or not math.isfinite(target) or target == 0:
+            raise ValueError(f"`target` must be a finite number and not 0, got {target!r}.")
+        if quantity == "density" and not 0 < target < 1:
+            raise ValueError(f"`target` must be in (0, 1) for a density, got {target}.")
+        if rule not in ("proportional", "sign"):
+            raise ValueError(f"`rule` must be 'proportional' or 'sign', got {rule!r}.")
+        for name, value in (("gain", gain), ("minimum", minimum)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be finite and > 0, got {value}.")
+        for name, value in (("damping", damping), ("dead_band", dead_band), ("threshold", threshold)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be finite and >= 0, got {value}.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"`smoothing` must be in [0, 1), got {smoothing}.")
+        if not minimum <= start <= maximum < math.inf:
+            raise ValueError(
+                f"`start` must be between `minimum` and `maximum`, got {start} for {minimum} and {maximum}."
+            )
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"`every` must be an int >= 1, got {every!r}.")
+        self.target, self.quantity, self.raises, self.rule = float(target), quantity, raises, rule
+        self.gain, self.damping, self.smoothing, self.dead_band = gain, damping, smoothing, dead_band
+        self.minimum, self.maximum, self.start = minimum, maximum, start
+        self.warmup, self.hold, self.every, self.threshold = _check_time("warmup", warmup), hold, every, threshold
+        self.factor = float(start)
+        self.average: float | None = None  # moving average of the quantity
+        self.error = 0.0  # of the last update
+        self.held = False
+
+    def __call__(self, step: int, total_steps: int | None = None) -> float:
+        """The factor as it is now; it changes with ``update``, not with the step."""
+        return self.factor
+
+    def update(self, measured: float, step: int, total_steps: int | None = None, *, raises: bool = False) -> None:
+        """Take one measurement and move the factor.
+
+        Args:
+            measured: The quantity, the same on every process.
+            step: Optimizer steps taken so far.
+            total_steps: Optimizer steps of the whole training; needed when ``warmup`` is a fraction.
+            raises: Whether a larger weight makes the quantity larger, where ``raises`` was left out.
+
+        Raises:
+            ValueError: If the measurement is not finite.
+        """
+        if not math.isfinite(measured):
+            raise ValueError(f"`{self.quantity}` is {measured} at step {step}; a controller needs a finite number.")
+        self.average = (
+            measured if self.average is None else self.average + (1 - self.smoothing) * (measured - self.average)
+        )
+        if self.held or step < _in_steps("warmup", self.warmup, total_steps):
+            return
+        error = max(-1.0, min(1.0, (self.average - self.target) / abs(self.target)))
+        inside = abs(error) <= self.dead_band
+        previous, self.error = self.error, error
+        if inside:
+            self.held = self.hold
+            return
+        if self.rule == "sign":
+            change = math.copysign(self.gain, error)
+        else:
+            change = self.gain * error + self.damping * (error - previous)
+        more = not (raises if self.raises is None else self.raises)  # more weight lowers the quantity
+        factor = self.factor * math.exp(change if more else -change)
+        self.factor = max(self.minimum, min(self.maximum, factor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learnt, in full precision."""
+        return {"factor": self.factor, "average": self.average, "error": self.error, "held": self.held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another controller stopped."""
+        self.factor, self.average = state["factor"], state["average"]
+        self.error, self.held = state["error"], state["held"]
+
+    def reset(self) -> None:
+        """Forget everything: a new training."""
+        self.factor, self.average, self.error, self.held = float(self.start), None, 0.0, False
 
 
 def _check_factor(name: str, value: float) -> float:

@@ -148,9 +148,9 @@ def test_token_mask_limits_the_mean() -> None:
     seen = []
 
     class Spy(ActivationDensityRegularizer):
-        def see_hidden(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        def see_activations(self, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
             seen.append((x.detach(), mask))
-            return super().see_hidden(x, mask)
+            return super().see_activations(x, mask)
 
     callback = Spy(1.0, epsilon=0.01, mask=lambda batch: valid[: len(batch[0])])
     trainer = tiny.trainer([callback], log_every_n_steps=1)

@@ -5,7 +5,9 @@ from lightning_reg.callbacks.activation_hoyer import ActivationHoyerRegularizer
 from lightning_reg.callbacks.activation_l1 import ActivationL1Regularizer
 from lightning_reg.callbacks.attention_entropy import AttentionEntropyRegularizer
 from lightning_reg.callbacks.monitor import RegMonitor
+from lightning_reg.callbacks.progressive_sparsity import ProgressiveSparsity
 from lightning_reg.callbacks.regularizer import Regularizer
+from lightning_reg.callbacks.sparse_activations import ActivationSubstitution
 from lightning_reg.callbacks.spectral_norm import SigmaReparam
 from lightning_reg.reparam import apply_sigma_reparam, fold_checkpoint, merge_sigma_reparam, update_sigma_reparam
 
@@ -13,7 +15,9 @@ __all__ = [
     "ActivationDensityRegularizer",
     "ActivationHoyerRegularizer",
     "ActivationL1Regularizer",
+    "ActivationSubstitution",
     "AttentionEntropyRegularizer",
+    "ProgressiveSparsity",
     "RegMonitor",
     "Regularizer",
     "SigmaReparam",

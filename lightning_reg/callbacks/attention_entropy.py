@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_reg import capture
-from lightning_reg.callbacks.regularizer import Mask, Regularizer, explicit_sites
+from lightning_reg.callbacks.regularizer import Mask, Regularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import AttentionEntropyLoss
 from lightning_reg.losses.attention_entropy import Level, Objective
@@ -58,12 +58,12 @@ class AttentionEntropyRegularizer(Regularizer):
     ) -> None:
         super().__init__(weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name)
         self.loss = AttentionEntropyLoss(objective, normalize=normalize, bound=bound, level=level, top_k=top_k)
-        self.top_k = top_k
+        self.top_k, self.raises_value = top_k, objective in ("maximize", "floor")
 
     def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
         """Modules that may compute attention, at or below the targets."""
         candidates = capture.attention_candidates(model)
-        selected = explicit_sites(self.targets, model)
+        selected = capture.explicit_targets(self.targets, model)
         if selected is None:
             return [(name, False) for name in candidates]
         below = [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture, plotting, reparam
-from lightning_reg.callbacks.regularizer import Mask, Observer, _plain, explicit_sites
+from lightning_reg.callbacks.regularizer import Mask, Observer, plain_targets
 from lightning_reg.callbacks.spectral_norm import SigmaReparam
 from lightning_reg.capture import Targets
 from lightning_reg.engine import Engine, Tap
@@ -88,7 +88,7 @@ class _DensityWatcher(_Watcher):
         self.threshold = threshold
         self.edges = MAGNITUDE_EDGES if histogram else []
 
-    def see_hidden(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, None, Tensor]:
+    def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, None, Tensor]:
         """Record of a layer, one row, from a down-projection's input (..., width)."""
         active, valid = count_active(x, threshold=self.threshold, mask=mask)
         above = [count_active(x, threshold=edge, mask=mask)[0] for edge in self.edges]
@@ -309,7 +309,7 @@ class RegMonitor(Callback):
     ) -> None:
         super().__init__()
         self.quantities = _check_quantities(quantities)
-        self.targets, self.mask, self.per_head = _plain(targets), mask, per_head
+        self.targets, self.mask, self.per_head = plain_targets(targets), mask, per_head
         self.threshold = check_threshold(threshold)
         self.max_layers = _check_count("max_layers", max_layers)
         self.heatmap_every_n_epochs = _check_count("heatmap_every_n_epochs", heatmap_every_n_epochs)
@@ -446,7 +446,7 @@ class RegMonitor(Callback):
         else:
             self._weights = _Weights(model)
             found = [*_reparametrized(trainer), *self._weights.entries]
-        selected = explicit_sites(self.targets, model)
+        selected = capture.explicit_targets(self.targets, model)
         if selected is not None:
             found = [name for name in found if any(_at_or_below(name, top) for top in selected)]
         # attention is known by what runs: its sites are thinned out after the first step

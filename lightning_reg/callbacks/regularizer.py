@@ -1,9 +1,9 @@
 """What every penalty callback shares: when it is attached, how strong it is, what it logs. No formula."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -11,14 +11,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg import capture
+from lightning_reg import activations, capture
 from lightning_reg.capture import Targets
 from lightning_reg.engine import Engine
-from lightning_reg.schedules import Schedule
+from lightning_reg.functional.activation_density import exact_density
+from lightning_reg.schedules import Schedule, TargetController
 
 if TYPE_CHECKING:
     from lightning_reg.engine import Tap
 
+Role = Literal["mlp_hidden", "mlp_pre_activation"]
 Mask = str | int | Callable[[Any], Tensor] | None
 
 
@@ -44,8 +46,8 @@ class Observer:
         """``(penalty, value)`` of attention rows: entropy in nats and visible keys (batch, heads, queries)."""
         raise NotImplementedError
 
-    def see_hidden(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``(x, penalty, value)`` of a projection's input (..., width)."""
+    def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``(x, penalty, value)`` of activations (..., width)."""
         raise NotImplementedError
 
     def check_fired(self, taps: "list[Tap]") -> None:
@@ -59,6 +61,9 @@ class Observer:
 
     def update_strength(self, step: int, total_steps: int | None) -> None:
         """Set the strength of an optimizer step; without a penalty there is none."""
+
+    def observe(self, model: nn.Module, logged: Mapping[str, Any] | None = None) -> None:
+        """Look at what a forward pass left, before it is cleared for the next."""
 
     def batch_mask(self, batch: Any) -> Tensor | None:
         """Valid tokens of a batch, or None."""
@@ -109,13 +114,17 @@ class Regularizer(Observer, Callback):
         if schedule is not None and not callable(schedule):
             raise TypeError(f"`schedule` must be a lightning_reg.schedules.Schedule, got {type(schedule).__name__}.")
         self.weight, self.schedule = float(weight), schedule
-        self.targets = _plain(targets)
+        self.targets = plain_targets(targets)
         self.mask, self.allow_unused, self.name = mask, allow_unused, name
         self.strength = self.weight
         self.coefficient = torch.zeros(())
         self._from_checkpoint: dict[str, Any] | None = None
+        controls = isinstance(schedule, TargetController)
+        self.control = Control(self, schedule) if controls else None  # type: ignore[arg-type]
 
     # --- to be defined by a method, beside what an Observer defines ---
+
+    raises_value = False  # whether a larger weight makes the logged value larger
 
     def definition(self) -> dict[str, Any]:
         """Arguments that define the quantity: a checkpoint with others belongs to another training."""
@@ -132,17 +141,27 @@ class Regularizer(Observer, Callback):
         schedule = None if self.schedule is None else type(self.schedule).__name__
         return {"weight": self.weight, "schedule": schedule, **self.definition()}
 
+    @override
+    def observe(self, model: nn.Module, logged: Mapping[str, Any] | None = None) -> None:
+        """Measure what a controller asks for."""
+        if self.control is not None:
+            self.control.observe(model, logged)
+
     # --- without a Trainer ---
 
     def attach(self, model: nn.Module) -> None:
         """Register with the engine of ``model``."""
         Engine.of(model).register(model, self)
+        if self.control is not None:
+            self.control.attach(model)
 
     def detach(self, model: nn.Module) -> None:
         """Counterpart of ``attach``; the engine removes what it attached."""
 
     def after_step(self, model: nn.Module) -> None:
         """Called after an optimizer step of a hand-written loop."""
+        if self.control is not None:
+            self.control.step(self.control.steps + 1)
 
     # --- with a Trainer ---
 
@@ -156,6 +175,8 @@ class Regularizer(Observer, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach: here the model exists, however it was built."""
         self._check_checkpoint()
+        if self.control is not None:
+            self.control.begin()
         self.attach(pl_module)
         Engine.of(pl_module).wrap(pl_module)
         self.update_strength(trainer.global_step, _total_steps(trainer, self.schedule))
@@ -186,6 +207,9 @@ class Regularizer(Observer, Callback):
         """Unhook until the next batch, and log."""
         engine = Engine.of(pl_module)
         engine.disarm()
+        self.observe(pl_module, trainer.callback_metrics)
+        if self.control is not None and trainer.global_step != self.control.steps:
+            self.control.step(trainer.global_step, self._total, trainer.strategy.reduce)
         if trainer._logger_connector.should_update_logs and engine.regularizers[0] is self:
             log_values(pl_module, engine)
 
@@ -209,13 +233,16 @@ class Regularizer(Observer, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The definition; the strength follows from the trainer's step."""
-        return {"definition": self.definition(), "weight": self.weight}
+        """The definition, and what a controller learnt; a schedule's strength follows from the trainer's step."""
+        state = {"definition": self.definition(), "weight": self.weight}
+        return state if self.control is None else {**state, "control": self.control.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep for the check in ``on_fit_start``: nothing has changed the model yet."""
         self._from_checkpoint = state_dict
+        if self.control is not None:
+            self.control.load_state_dict(state_dict.get("control"))
 
     def _check_checkpoint(self) -> None:
         saved, self._from_checkpoint = (self._from_checkpoint or {}).get("definition", {}), None
@@ -227,22 +254,140 @@ class Regularizer(Observer, Callback):
                 )
 
 
-class HiddenRegularizer(Regularizer):
-    """A penalty on the input of each MLP's down-projection, so on the gated product where the MLP has a gate."""
+class Control:
+    """Feeds a ``TargetController`` with what the model does, and keeps its place in the training.
+
+    Args:
+        regularizer: Whose weight is controlled.
+        controller: Its schedule.
+    """
+
+    def __init__(self, regularizer: Regularizer, controller: TargetController) -> None:
+        self.regularizer, self.controller = regularizer, controller
+        if controller.quantity == "density" and regularizer.role == "attention":
+            raise ValueError(
+                f"`quantity='density'` is of MLP activations, but {regularizer.name} is about attention; use 'value'."
+            )
+        self.steps = 0
+        self._measured: list[Tensor] = []  # since the last update
+        self._last: Tensor | None = None  # logged number seen last
+        self._restored: dict[str, Any] | None = None
+        self._probe: Observer | None = None
+
+    @property
+    def density(self) -> float | None:
+        """Moving average of the density, where that is the quantity."""
+        return self.controller.average if self.controller.quantity == "density" else None
+
+    def begin(self) -> None:
+        """Start a training, or continue that of a checkpoint."""
+        self.steps, self._measured, self._last = 0, [], None
+        self.controller.reset()
+        if self._restored is not None:
+            self.steps = self._restored["steps"]
+            self.controller.load_state_dict(self._restored)
+            self._restored = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Watch the density, if that is the quantity."""
+        if self.controller.quantity == "density":
+            if self.controller.threshold == 0:
+                refuse_smooth(self._targets(), model)
+            self._probe = DensityProbe(self.regularizer, self._targets(), self.controller.threshold)
+            Engine.of(model).register(model, self._probe)
+
+    def _targets(self) -> Targets:
+        return self.regularizer.targets if self.regularizer.role == "mlp_hidden" else None
+
+    def observe(self, model: nn.Module, logged: Mapping[str, Any] | None = None) -> None:
+        """Keep what the last batch gave, on its device."""
+        engine, quantity = Engine.of(model), self.controller.quantity
+        if quantity == "density":
+            assert self._probe is not None
+            values = [value for tap in engine.taps[self._probe] for _, value in tap.records]
+            self._measured += [torch.stack([value.float() for value in values]).mean()] if values else []
+        elif quantity == "value":
+            total = engine.totals.get(self.regularizer.name)
+            self._measured += [] if total is None else [total[0]]
+        elif (value := (logged or {}).get(quantity)) is not None and value is not self._last:
+            self._last = value
+            self._measured.append(value.detach().float())
+
+    def step(
+        self, steps: int, total_steps: int | None = None, reduce: Callable[..., Any] = lambda value, **_: value
+    ) -> None:
+        """After optimizer step number ``steps``: update the controller when it is due."""
+        self.steps = steps
+        if not self._measured or steps % self.controller.every:
+            return
+        mean = reduce(torch.stack(self._measured).mean(), reduce_op="mean")
+        self._measured = []
+        raises = self.regularizer.raises_value and self.controller.quantity == "value"
+        self.controller.update(float(mean), steps, total_steps, raises=raises)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the controller and its place in the training."""
+        return {"steps": self.steps, **self.controller.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Keep for ``begin``."""
+        self._restored = state
+
+
+class DensityProbe(Observer):
+    """Measures the share of activations that are not 0 where a regularizer acts; leaves no penalty."""
 
     role = "mlp_hidden"
-    loss: Any  # a module of ``lightning_reg.losses`` with a ``tap``
+    allow_unused = True
+
+    def __init__(self, regularizer: Regularizer, targets: Targets, threshold: float) -> None:
+        self.name, self.mask = f"{regularizer.name}/density", regularizer.mask
+        self.targets, self.threshold = targets, threshold
 
     def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
-        """Down-projections of MLPs, found by shape or named by the user."""
+        """Down-projections of the MLPs."""
         return find_hidden_sites(self.targets, model)
 
-    def see_hidden(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``(x, penalty, value)`` of a down-projection's input."""
+    def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, None, Tensor]:
+        """``x`` and its density."""
+        valid = None if mask is None else mask.bool()
+        return x, None, exact_density(x, threshold=self.threshold, mask=valid)
+
+
+class HiddenRegularizer(Regularizer):
+    """A penalty on the activations of each MLP.
+
+    Args:
+        weight: As for ``Regularizer``.
+        role: ``"mlp_hidden"`` is the input of the down-projection, so the gated product where the MLP has a gate;
+            ``"mlp_pre_activation"`` is what enters the activation.
+        targets: Down-projections; for ``mlp_pre_activation`` also an activation, whose input is taken, or a projection
+            before one, whose output is taken. All MLPs when left out.
+        arguments: The others of ``Regularizer``.
+    """
+
+    loss: Any  # a module of ``lightning_reg.losses`` with a ``tap``
+
+    def __init__(self, weight: float, *, role: Role = "mlp_hidden", targets: Targets = None, **arguments: Any) -> None:
+        super().__init__(weight, targets=targets, **arguments)
+        if role not in get_args(Role):
+            raise ValueError(
+                f"`role` must be 'mlp_hidden' or 'mlp_pre_activation', got {role!r}: the input of the down-projection, "
+                "or what enters the activation."
+            )
+        self.role = role
+
+    def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
+        """Where the activations of MLPs pass, found by shape or named by the user."""
+        find = find_hidden_sites if self.role == "mlp_hidden" else find_pre_activation_sites
+        return find(self.targets, model)
+
+    def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``(x, penalty, value)`` of activations."""
         return self.loss.tap(x, mask)
 
     def check_fired(self, taps: "list[Tap]") -> None:
-        """Every down-projection must have run."""
+        """Every site must have run."""
         check_hidden_fired(self.name, taps)
 
 
@@ -278,6 +423,9 @@ def log_values(pl_module: pl.LightningModule, engine: Engine) -> None:
             pl_module.log(key, number.float(), prog_bar=key.endswith("/value"), batch_size=1)
     for regularizer in engine.regularizers:
         pl_module.log(f"reg/{regularizer.name}/weight", regularizer.strength, batch_size=1)
+        control = getattr(regularizer, "control", None)
+        if control is not None and control.density is not None:
+            pl_module.log(f"reg/{regularizer.name}/density", control.density, prog_bar=True, batch_size=1)
 
 
 def _total_steps(trainer: pl.Trainer, schedule: Schedule | None) -> int | None:
@@ -287,40 +435,48 @@ def _total_steps(trainer: pl.Trainer, schedule: Schedule | None) -> int | None:
     return None if total in (-1, math.inf) else int(total)
 
 
-def _plain(targets: Any) -> Any:
+def plain_targets(targets: Any) -> Any:
     """Hydra hands lists over as its own type."""
     if targets is None or isinstance(targets, (str, type)) or callable(targets):
         return targets
     return list(targets)
 
 
-def explicit_sites(targets: Targets, model: nn.Module) -> set[str] | None:
-    """Names that ``targets`` selects among all modules; None when it is left out."""
-    return None if targets is None else capture.match_targets(targets, capture.named_modules(model))
-
-
 def find_hidden_sites(targets: Targets, model: nn.Module) -> list[tuple[str, bool]]:
     """Sites of the role ``mlp_hidden``."""
-    selected = explicit_sites(targets, model)
-    found = capture.find_down_projections(model)
-    if selected is None:
-        if not found:
-            names = [name for name, module in capture.named_modules(model).items() if capture.projection_sizes(module)]
+    return [(mlp.down, targets is not None) for mlp in capture.select_mlps(targets, model)]
+
+
+def refuse_smooth(targets: Targets, model: nn.Module) -> None:
+    """Raise a ValueError if an MLP's activation is smooth, so that its density would never be exact."""
+    for mlp in capture.select_mlps(targets, model):
+        found = [(path, capture.attribute(model, path)) for path in mlp.activations]
+        if found and all(activations.gives_zeros(activation) is False for _, activation in found):
+            path, activation = found[0]
             raise ValueError(
-                "no MLP down-projection was found: no wide-to-narrow linear map follows the matching narrow-to-wide "
-                f"one. Name it with `targets=`; the linear maps are {', '.join(names[:8]) or 'none'}."
+                f"the activation {path!r} ({activations.describe(activation)}) is never exactly 0, so its density "
+                "stays 1. Substitute it (`ActivationSubstitution('relu')`, `ProgressiveSparsity(substitute='relu')`), "
+                "penalise what enters it (`ActivationL1Regularizer(weight, role='mlp_pre_activation')`), or count with "
+                "a `threshold`."
             )
-        return [(name, False) for name in found]
+
+
+def find_pre_activation_sites(targets: Targets, model: nn.Module) -> list[tuple[str, bool]]:
+    """Sites of the role ``mlp_pre_activation``: activations, or projections before them."""
     modules = capture.named_modules(model)
-    for name in selected:
-        if capture.projection_sizes(modules[name]) is None:
-            inside = [other for other in found if other.startswith(f"{name}.")]
-            remedy = f" Its down-projections: {', '.join(inside[:5])}." if inside else ""
+    selected = capture.explicit_targets(targets, model)
+    mlps = {mlp.down: mlp for mlp in capture.find_mlps(model)}
+    if selected is None:
+        mlps = {mlp.down: mlp for mlp in capture.select_mlps(None, model)}
+    chosen = [name for name in modules if name in (mlps if selected is None else selected)]
+    sites = [capture.pre_activation_site(model, mlps[name]) if name in mlps else name for name in chosen]
+    for name in sites:
+        if getattr(modules[name], "inplace", False):
             raise ValueError(
-                f"`targets` must name down-projections, whose input is regularized; {name or 'the model'!r} is a "
-                f"{type(modules[name]).__name__}.{remedy}"
+                f"the activation {name!r} changes its input in place, which a penalty on that input cannot survive. "
+                f"Set `model.{name}.inplace = False`."
             )
-    return [(name, True) for name in modules if name in selected]
+    return [(name, selected is not None) for name in dict.fromkeys(sites)]
 
 
 def check_hidden_fired(name: str, taps: "list[Tap]") -> None:
