@@ -27,7 +27,6 @@ from lightning_reg.functional.sparse_activations import (
     topk,
 )
 
-_ORIGINAL = "_lightning_reg_original"  # what a replacement replaced
 _SMOOTH_PROBE = torch.linspace(-4.0, 4.0, 401, dtype=torch.float64)
 
 
@@ -234,7 +233,7 @@ def restore_activations(model: nn.Module) -> list[str]:
     """
     substituted = _substituted(model)
     for place in substituted:
-        place.put(place.value.__dict__[_ORIGINAL])
+        place.put(place.value.__dict__[capture.ORIGINAL])
     for projection in _rectified(model).values():
         _unrectify(projection)
     return [place.path for place in substituted]
@@ -364,10 +363,10 @@ def _replace(place: _Place, new: nn.Module) -> None:
     old = place.value
     if isinstance(old, nn.Module):
         new.train(old.training)
-        old = old.__dict__.get(_ORIGINAL, old)  # a second substitution remembers the first original
+        old = old.__dict__.get(capture.ORIGINAL, old)  # a second substitution remembers the first original
     else:
         new.train(place.owner.training)
-    new.__dict__[_ORIGINAL] = old
+    new.__dict__[capture.ORIGINAL] = old
     like = next(place.owner.parameters(), None)
     place.put(new if like is None else new.to(like.device))
 
@@ -379,7 +378,7 @@ def _same(value: Any, new: nn.Module) -> bool:
 
 
 def _is_substitute(value: Any, kind: type) -> bool:
-    return type(value) is kind and _ORIGINAL in value.__dict__
+    return type(value) is kind and capture.ORIGINAL in value.__dict__
 
 
 def _substituted(model: nn.Module) -> list[_Place]:
@@ -387,7 +386,7 @@ def _substituted(model: nn.Module) -> list[_Place]:
         _Place(owner, attribute, f"{name}.{attribute}".lstrip("."))
         for name, owner in capture.named_modules(model).items()
         for attribute, child in owner._modules.items()
-        if child is not None and _ORIGINAL in child.__dict__
+        if child is not None and capture.ORIGINAL in child.__dict__
     ]
 
 

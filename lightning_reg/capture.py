@@ -36,6 +36,7 @@ _NEVER_ATTENTION = (
 )  # fmt: skip
 
 SITE = "_lightning_reg_site"
+ORIGINAL = "_lightning_reg_original"  # on a substituted activation: what was there before
 _ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
@@ -258,19 +259,20 @@ def _activations_of(root: nn.Module, block: str, ups: list[str], down: str) -> t
 
 def _attributes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     """Child modules and callables of a module by path, in its order, without those of attention."""
-    for name, value in [*module._modules.items(), *module.__dict__.items()]:
-        path = f"{prefix}.{name}".lstrip(".")
-        if isinstance(value, nn.Module):
-            bare = getattr(value, "_orig_mod", value)
-            yield _WRAPPERS.sub("", path), bare
+    for name, child in module._modules.items():
+        path = _WRAPPERS.sub("", f"{prefix}.{name}".lstrip("."))
+        bare = getattr(child, "_orig_mod", child)
+        if isinstance(bare, nn.Module):
+            yield path, bare
             if not _ATTENTION_PATH.search(f".{name}") and not is_activation(path, bare):
-                yield from _attributes(bare, _WRAPPERS.sub("", path))  # type: ignore[arg-type]
-        elif callable(value) and not name.startswith("_"):
-            yield path, value
+                yield from _attributes(bare, path)
+    for name, value in module.__dict__.items():
+        if callable(value) and not isinstance(value, nn.Module) and not name.startswith("_"):
+            yield f"{prefix}.{name}".lstrip("."), value
 
 
 def is_activation(path: str, value: Any) -> bool:
-    """Whether an attribute holds an activation function: by its class, or by its name."""
+    """Whether an attribute holds an activation function: put there by us, or by its class, or by its name."""
     attribute = path.rpartition(".")[2]
     if not isinstance(value, nn.Module):
         named = _ACTIVATION_CLASS.search(getattr(value, "__name__", "")) or _ACTIVATION_NAME.fullmatch(attribute)
@@ -279,7 +281,8 @@ def is_activation(path: str, value: Any) -> bool:
         return False
     kind = type(value)
     return (
-        kind.__module__ == "torch.nn.modules.activation"
+        ORIGINAL in value.__dict__
+        or kind.__module__ == "torch.nn.modules.activation"
         or bool(_ACTIVATION_CLASS.search(kind.__name__))
         or bool(_ACTIVATION_NAME.fullmatch(attribute))
     )

@@ -273,27 +273,31 @@ def prosparse_stages(
 class TargetController(Schedule):
     """Moves a regularizer's weight until a measured quantity meets its target: ask for a density, not for a weight.
 
-    Each update compares the moving average ``m`` of the quantity, averaged over all processes, with the target ``t``:
-    ``error = clip((m - t) / |t|, -1, 1)``, 0 inside the dead band. Then
-    ``log factor += gain * error + damping * (error - previous error)``, limited to ``[minimum, maximum]``; the limited
-    factor is the state, so it does not wind up behind a limit. ``rule="sign"`` multiplies the factor by ``exp(gain)``
-    or divides by it (ReMoE: ``gain=log(1.2)``, no averaging).
+    The reference ``r`` starts at the first measurement and reaches the target after ``ramp`` steps, geometrically: an
+    activation that died on the way down does not come back, so the approach must not overshoot. Each update compares
+    the moving average ``m`` of the quantity, averaged over all processes, with it: ``error = clip(log(m / r), -1, 1)``,
+    0 inside the dead band, and moves the factor by a proportional-integral law,
+    ``log factor += gain * (error - previous error) + gain * error / integral_time``. The factor stays in
+    ``[minimum, maximum]``; as the limited factor is the state, nothing winds up behind a limit. ``rule="sign"``
+    multiplies the factor by ``exp(gain)`` or divides by it instead (ReMoE: ``gain=log(1.2)``, every step).
 
     Args:
-        target: What to hold, not 0. For ``"density"`` in (0, 1).
+        target: What to hold, > 0. For ``"density"`` in (0, 1).
         quantity: ``"density"`` is the share of activations that are not 0, ``"value"`` what the regularizer logs as
             its value (its entropy, its L1), anything else the name of a logged number.
         raises: Whether a larger weight makes the quantity larger; asked of the regularizer when left out.
         rule: ``"proportional"`` or ``"sign"``.
-        gain: Change of the log of the factor per update at full error, > 0.
-        damping: Reaction to the change of the error, >= 0.
+        gain: Change of the log of the factor for a full error, > 0; 8 for ``"proportional"``, log(1.2) for ``"sign"``.
+        integral_time: Steps (int) or fraction of training (float) in which a lasting error moves the factor as much as
+            its appearance did.
+        ramp: Steps (int) or fraction of training (float) until the reference is at the target; 0 starts there.
         smoothing: Of the moving average, in [0, 1): 0 takes each measurement as it is.
         dead_band: Relative error that is left alone, >= 0.
         minimum: Smallest factor on the callback's weight, > 0.
         maximum: Largest factor on the callback's weight.
         start: Factor to begin with.
-        warmup: Steps (int) or fraction of training (float) during which the factor stays at ``start``.
-        hold: Freeze the factor once the quantity is within the dead band.
+        warmup: Steps (int) or fraction of training (float) before the ramp, with the factor at ``start``.
+        hold: Freeze the factor once the ramp is over and the quantity is within the dead band.
         every: Optimizer steps between two updates. Each update waits for the device.
         threshold: Of ``"density"``: magnitude up to which an activation counts as zero.
 
@@ -308,44 +312,51 @@ class TargetController(Schedule):
         quantity: str = "density",
         raises: bool | None = None,
         rule: Literal["proportional", "sign"] = "proportional",
-        gain: float = 0.1,
-        damping: float = 1.0,
+        gain: float | None = None,
+        integral_time: int | float = 0.1,
+        ramp: int | float = 0.5,
         smoothing: float = 0.9,
         dead_band: float = 0.02,
         minimum: float = 1e-4,
         maximum: float = 1e4,
-        start: float = 1.0,
+        start: float = 0.01,
         warmup: int | float = 0,
         hold: bool = False,
         every: int = 1,
         threshold: float = 0.0,
     ) -> None:
-        if not isinstance(target, (int, float)) or not math.isfinite(target) or target == 0:
-            raise ValueError(f"`target` must be a finite number and not 0, got {target!r}.")
-        if quantity == "density" and not 0 < target < 1:
+        if not isinstance(target, (int, float)) or not 0 < target < math.inf:
+            raise ValueError(f"`target` must be a finite number > 0, got {target!r}.")
+        if quantity == "density" and not target < 1:
             raise ValueError(f"`target` must be in (0, 1) for a density, got {target}.")
         if rule not in ("proportional", "sign"):
             raise ValueError(f"`rule` must be 'proportional' or 'sign', got {rule!r}.")
-        for name, value in (("gain", gain), ("minimum", minimum)):
+        gain = (8.0 if rule == "proportional" else math.log(1.2)) if gain is None else gain
+        for name, value in (("gain", gain), ("integral_time", integral_time), ("minimum", minimum)):
             if not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be finite and > 0, got {value}.")
-        for name, value in (("damping", damping), ("dead_band", dead_band), ("threshold", threshold)):
+        for name, value in (("dead_band", dead_band), ("threshold", threshold)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be finite and >= 0, got {value}.")
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be in [0, 1), got {smoothing}.")
         if not minimum <= start <= maximum < math.inf:
-            raise ValueError(
-                f"`start` must be between `minimum` and `maximum`, got {start} for {minimum} and {maximum}."
-            )
+            raise ValueError(f"`start` must be between `minimum` and `maximum`, {minimum} and {maximum}, got {start}.")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"`every` must be an int >= 1, got {every!r}.")
-        self.target, self.quantity, self.raises, self.rule = float(target), quantity, raises, rule
-        self.gain, self.damping, self.smoothing, self.dead_band = gain, damping, smoothing, dead_band
+        self.target, self.quantity, self.raises, self.rule, self.gain = float(target), quantity, raises, rule, gain
+        self.smoothing, self.dead_band = smoothing, dead_band
         self.minimum, self.maximum, self.start = minimum, maximum, start
-        self.warmup, self.hold, self.every, self.threshold = _check_time("warmup", warmup), hold, every, threshold
-        self.factor = float(start)
+        self.integral_time = _check_time("integral_time", integral_time)
+        self.ramp, self.warmup = _check_time("ramp", ramp), _check_time("warmup", warmup)
+        self.hold, self.every, self.threshold = hold, every, threshold
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new training."""
+        self.factor = float(self.start)
         self.average: float | None = None  # moving average of the quantity
+        self.first: float | None = None  # where the ramp starts
         self.error = 0.0  # of the last update
         self.held = False
 
@@ -353,51 +364,60 @@ class TargetController(Schedule):
         """The factor as it is now; it changes with ``update``, not with the step."""
         return self.factor
 
+    def reference(self, step: int, total_steps: int | None = None) -> float:
+        """What the quantity should be at ``step``."""
+        begin, ramp = (_in_steps(name, getattr(self, name), total_steps) for name in ("warmup", "ramp"))
+        if self.first is None or step >= begin + ramp:
+            return self.target
+        return self.first * (self.target / self.first) ** ((step - begin) / ramp)
+
     def update(self, measured: float, step: int, total_steps: int | None = None, *, raises: bool = False) -> None:
         """Take one measurement and move the factor.
 
         Args:
             measured: The quantity, the same on every process.
             step: Optimizer steps taken so far.
-            total_steps: Optimizer steps of the whole training; needed when ``warmup`` is a fraction.
-            raises: Whether a larger weight makes the quantity larger, where ``raises`` was left out.
+            total_steps: Optimizer steps of the whole training; needed when a time is a fraction.
+            raises: Whether a larger weight makes the quantity larger, where the controller was not told.
 
         Raises:
             ValueError: If the measurement is not finite.
         """
         if not math.isfinite(measured):
             raise ValueError(f"`{self.quantity}` is {measured} at step {step}; a controller needs a finite number.")
-        self.average = (
-            measured if self.average is None else self.average + (1 - self.smoothing) * (measured - self.average)
-        )
+        share = 1.0 if self.average is None else 1 - self.smoothing
+        self.average = measured * share + (self.average or 0.0) * (1 - share)
         if self.held or step < _in_steps("warmup", self.warmup, total_steps):
             return
-        error = max(-1.0, min(1.0, (self.average - self.target) / abs(self.target)))
-        inside = abs(error) <= self.dead_band
+        if self.first is None:
+            self.first = max(self.average, _TINY)
+        reference = self.reference(step, total_steps)
+        error = max(-1.0, min(1.0, math.log(max(self.average, _TINY) / reference)))
+        if abs(error) <= self.dead_band:
+            error = 0.0
+            self.held = self.hold and reference == self.target
         previous, self.error = self.error, error
-        if inside:
-            self.held = self.hold
-            return
         if self.rule == "sign":
-            change = math.copysign(self.gain, error)
+            change = math.copysign(self.gain, error) if error else 0.0
         else:
-            change = self.gain * error + self.damping * (error - previous)
-        more = not (raises if self.raises is None else self.raises)  # more weight lowers the quantity
-        factor = self.factor * math.exp(change if more else -change)
+            time = _in_steps("integral_time", self.integral_time, total_steps) / self.every
+            change = self.gain * (error - previous + error / time)
+        less = raises if self.raises is None else self.raises  # more weight raises the quantity: an excess needs less
+        factor = self.factor * math.exp(-change if less else change)
         self.factor = max(self.minimum, min(self.maximum, factor))
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt, in full precision."""
-        return {"factor": self.factor, "average": self.average, "error": self.error, "held": self.held}
+        return {name: getattr(self, name) for name in _CONTROLLER_STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another controller stopped."""
-        self.factor, self.average = state["factor"], state["average"]
-        self.error, self.held = state["error"], state["held"]
+        for name in _CONTROLLER_STATE:
+            setattr(self, name, state[name])
 
-    def reset(self) -> None:
-        """Forget everything: a new training."""
-        self.factor, self.average, self.error, self.held = float(self.start), None, 0.0, False
+
+_TINY = 1e-12
+_CONTROLLER_STATE = ("factor", "average", "first", "error", "held")
 
 
 def _check_factor(name: str, value: float) -> float:

@@ -13,7 +13,7 @@ import lightning_reg
 
 ROOT = Path(lightning_reg.__file__).parent
 QUANTITIES = {path.stem for path in (ROOT / "functional").glob("*.py")} - {"__init__"}
-SHARED = {"metrics": {"base"}, "callbacks": {"regularizer", "monitor"}, "losses": set()}
+SHARED = {"metrics": {"base"}, "callbacks": {"regularizer", "monitor", "progressive_sparsity"}, "losses": set()}
 # who may import whom: never back
 LAYERS = {
     "functional": set(),
@@ -24,22 +24,42 @@ LAYERS = {
     "plotting": set(),
     "engine": {"functional", "capture"},
     "reparam": {"functional", "capture"},
-    "callbacks": {"functional", "losses", "metrics", "schedules", "capture", "engine", "reparam", "plotting"},
+    "activations": {"functional", "capture"},
+    "calibration": {"functional", "metrics", "capture"},
+    "callbacks": {
+        "functional",
+        "activations",
+        "losses",
+        "metrics",
+        "schedules",
+        "capture",
+        "engine",
+        "reparam",
+        "plotting",
+    },
 }
 CARD = ("Formula", "Source", "Input", "Unit and range", "Default and why", "Cost", "When it hurts", "Not together with")
 SURFACE = {
     "lightning_reg": {"regularize"},
     "lightning_reg.functional": {
-        "activation_density", "activation_hoyer", "activation_l1", "attention_entropy", "attention_entropy_from_probs",
-        "attention_entropy_from_scores", "attention_with_entropy", "exact_density", "spectral_norm", "spectral_reparam",
+        "activation_density", "activation_hoyer", "activation_l1", "activation_locality", "chunk_density",
+        "temporal_delta", "attention_entropy", "attention_entropy_from_probs",
+        "attention_entropy_from_scores", "attention_with_entropy", "exact_density", "exact_chunk_density", "cett", "cett_threshold",
+        "dead_neurons", "reuse_ratio", "spectral_norm", "spectral_reparam",
+        "drelu", "fatrelu", "relu2", "statistical_topk", "topk",
     },
     "lightning_reg.losses": {
-        "ActivationDensityLoss", "ActivationHoyerLoss", "ActivationL1Loss", "AttentionEntropyLoss",
+        "ActivationDensityLoss", "ActivationHoyerLoss", "ActivationL1Loss", "ActivationLocalityLoss",
+        "AttentionEntropyLoss", "ChunkDensityLoss", "TemporalDeltaLoss",
     },
-    "lightning_reg.metrics": {"ActivationDensity", "AttentionEntropy", "SpectralNorm"},
+    "lightning_reg.metrics": {
+        "ActivationDensity", "AttentionEntropy", "CETT", "ChunkDensity", "DeadNeurons", "ReuseRatio", "SpectralNorm",
+    },
     "lightning_reg.callbacks": {
         "ActivationDensityRegularizer", "ActivationHoyerRegularizer", "ActivationL1Regularizer",
-        "AttentionEntropyRegularizer", "Regularizer", "RegMonitor", "SigmaReparam",
+        "ActivationLocalityRegularizer", "ChunkDensityRegularizer", "TemporalDeltaRegularizer",
+        "ActivationSubstitution", "AttentionEntropyRegularizer", "ProgressiveSparsity", "Regularizer", "RegMonitor",
+        "SigmaReparam",
         "apply_sigma_reparam", "fold_checkpoint", "merge_sigma_reparam", "update_sigma_reparam",
     },
 }  # fmt: skip
