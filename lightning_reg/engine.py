@@ -26,7 +26,7 @@ from lightning_reg import capture
 from lightning_reg.functional.attention_entropy import MASKED_BIAS, attention_tap, entropy_tap, scores_tap
 
 if TYPE_CHECKING:
-    from lightning_reg.callbacks.regularizer import Observer
+    from lightning_reg.callbacks.observer import Observer
 
 _engines: "weakref.WeakKeyDictionary[nn.Module, Engine]" = weakref.WeakKeyDictionary()
 

@@ -400,8 +400,8 @@ class TargetController(Schedule):
         if self.rule == "sign":
             change = math.copysign(self.gain, error) if error else 0.0
         else:
-            time = _in_steps("integral_time", self.integral_time, total_steps) / self.every
-            change = self.gain * (error - previous + error / time)
+            updates = max(1.0, _in_steps("integral_time", self.integral_time, total_steps) / self.every)
+            change = self.gain * (error - previous + error / updates)
         less = raises if self.raises is None else self.raises  # more weight raises the quantity: an excess needs less
         factor = self.factor * math.exp(-change if less else change)
         self.factor = max(self.minimum, min(self.maximum, factor))

@@ -2,12 +2,26 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_reg.schedules import Constant, Cosine, Cubic, Linear, MultiStep, ProSparse, Schedule
+from lightning_reg.functional import activation_l1
+from lightning_reg.schedules import (
+    Constant,
+    Cosine,
+    Cubic,
+    Linear,
+    MultiStep,
+    ProSparse,
+    Schedule,
+    TargetController,
+    prosparse_stages,
+)
 
 RAMPS = [Linear, Cosine, Cubic]
 
@@ -189,3 +203,181 @@ def test_prosparse_without_stage_0_starts_at_the_first_peak() -> None:
 def test_prosparse_refuses_bad_stages(stages: list, message: str) -> None:
     with pytest.raises(ValueError, match=f"`stages`.*{message}"):
         ProSparse(stages)
+
+
+# --- published stages in this library's units ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", PUBLISHED)
+def test_published_stages_give_the_papers_penalty(table: str) -> None:
+    """lambda * 1e-8 * sum of |x| over a micro-batch and all layers = weight * mean over sites of the mean of |x|."""
+    tokens, width, layers = 13, 7, 3
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(layers, tokens, width))
+    stages = prosparse_stages(table, tokens=tokens, width=width, layers=layers)
+    assert [end for end, _ in stages] == [end for end, _ in PUBLISHED[table]]
+    mean = torch.stack([activation_l1(torch.from_numpy(layer)) for layer in x]).mean().item()
+    for (_, weight), (_, peak) in zip(stages, PUBLISHED[table]):
+        assert weight * mean == pytest.approx(peak * 1e-8 * np.abs(x).sum(), rel=1e-12)
+    fractions = prosparse_stages(table, tokens=tokens, width=width, layers=layers, fractions=True)
+    last = PUBLISHED[table][-1][0]
+    for step in range(0, last + 1, 97):
+        assert ProSparse(fractions)(step, last) == pytest.approx(ProSparse(stages)(step), rel=1e-9)
+
+
+def test_conversion_of_the_research_page() -> None:
+    # 0.090 on the mean of one layer of the 7B model
+    per_layer = prosparse_stages("7B", tokens=4096, width=11008, layers=1)[-1][1]
+    assert per_layer == pytest.approx(0.0902, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"table": "70b"}, "`table` must be one of '1b', '7b', '13b', got '70b'"),
+        ({"tokens": 0}, "`tokens` must be > 0, got 0"),
+        ({"width": -1}, "`width` must be > 0"),
+        ({"unit": 0.0}, "`unit` must be > 0"),
+    ],
+)
+def test_bad_conversion_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prosparse_stages(**{"table": "7b", "tokens": 1, "width": 1, "layers": 1, **arguments})
+
+
+# --- controller ------------------------------------------------------------------------------------------------------
+
+
+def follow(controller: TargetController, steps: int, sensitivity: float, start: float = 0.5, leak: float = 0.0) -> list:
+    """Density that a weight w shrinks at rate ``sensitivity * w`` and that grows at rate ``leak``."""
+    density, seen = start, []
+    for step in range(1, steps + 1):
+        density = min(1.0, density * math.exp(leak - sensitivity * min(controller(step), 50.0)))
+        controller.update(density, step, steps)
+        seen.append(density)
+    return seen
+
+
+@pytest.mark.parametrize("target", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("sensitivity", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("steps", [600, 6000])
+def test_controller_meets_its_target_without_knowing_the_model(target: float, sensitivity: float, steps: int) -> None:
+    speed = 600 / steps
+    seen = follow(TargetController(target), steps, sensitivity * speed, leak=0.002 * speed)
+    assert seen[-1] == pytest.approx(target, rel=0.05)
+    assert min(seen) > 0.85 * target
+
+
+def test_controller_follows_a_geometric_ramp() -> None:
+    controller = TargetController(0.1, ramp=100, warmup=20, smoothing=0.0)
+    assert controller.reference(0) == 0.1  # nothing measured yet
+    for step in range(1, 21):
+        controller.update(0.4, step, 1000)
+    assert [round(controller.reference(step), 6) for step in (20, 70, 120, 500)] == [0.4, 0.2, 0.1, 0.1]
+
+
+def test_controller_law_by_hand() -> None:
+    controller = TargetController(0.2, ramp=0, gain=2.0, integral_time=10, smoothing=0.5, dead_band=0.0, start=1.0)
+    average, error, log_factor = None, 0.0, 0.0
+    for step, measured in enumerate([0.3, 0.25, 0.1, 0.9, 0.2, 0.05], 1):
+        controller.update(measured, step)
+        average = measured if average is None else 0.5 * average + 0.5 * measured
+        now = min(1.0, max(-1.0, math.log(average / 0.2)))
+        log_factor += 2.0 * (now - error) + 2.0 * now / 10
+        error = now
+        assert controller(step) == pytest.approx(math.exp(log_factor), rel=1e-12)
+
+
+def test_sign_rule_is_that_of_remoe() -> None:
+    controller = TargetController(0.25, rule="sign", ramp=0, smoothing=0.0, dead_band=0.0, start=1.0)
+    wanted = 1.0
+    for step, density in enumerate([0.5, 0.4, 0.2, 0.1, 0.3], 1):
+        sparsity, target = 1 - density, 0.75
+        wanted = wanted * 1.2 if sparsity < target else wanted / 1.2
+        controller.update(density, step)
+        assert controller(step) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_quantity_that_grows_with_the_weight_is_steered_the_other_way() -> None:
+    for arguments, raises in (({}, True), ({"raises": True}, False)):
+        controller = TargetController(0.9, quantity="value", ramp=0, smoothing=0.0, start=1.0, **arguments)
+        controller.update(0.5, 1, 100, raises=raises)
+        assert controller(1) > 1.0
+    controller = TargetController(0.9, quantity="value", raises=False, ramp=0, smoothing=0.0, start=1.0)
+    controller.update(0.5, 1, 100, raises=True)
+    assert controller(1) < 1.0
+
+
+def test_nothing_winds_up_behind_a_limit() -> None:
+    controller = TargetController(0.1, ramp=0, smoothing=0.0, start=1.0, minimum=0.5, maximum=2.0, integral_time=10)
+    for step in range(1, 1000):
+        controller.update(0.9, step)
+    assert controller(0) == 2.0
+    controller.update(0.1 * 0.9, 1000)
+    assert controller(0) < 2.0
+    for step in range(1001, 2000):
+        controller.update(0.01, step)
+    assert controller(0) == 0.5
+
+
+def test_dead_band_warmup_and_hold() -> None:
+    controller = TargetController(0.1, ramp=0, smoothing=0.0, dead_band=0.05, warmup=3, start=1.0, hold=True)
+    for step in (1, 2):
+        controller.update(0.9, step)
+        assert controller(step) == 1.0
+    controller.update(0.2, 3, 100)
+    assert controller(3) > 1.0
+    controller.update(0.102, 4, 100)
+    frozen = controller(4)
+    assert controller.held
+    controller.update(0.9, 5, 100)
+    assert controller(5) == frozen
+    band = TargetController(0.1, ramp=0, smoothing=0.0, dead_band=0.05, start=1.0)
+    band.update(0.104, 1, 100)
+    assert band(1) == 1.0
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=2, max_size=20), st.integers(1, 19))
+def test_state_continues_a_controller_to_the_bit(values: list[float], cut: int) -> None:
+    whole, first, second = (TargetController(0.2, ramp=5, integral_time=7) for _ in range(3))
+    for step, value in enumerate(values, 1):
+        whole.update(value, step)
+    for step, value in enumerate(values[:cut], 1):
+        first.update(value, step)
+    second.load_state_dict(first.state_dict())
+    for step, value in enumerate(values[cut:], cut + 1):
+        second.update(value, step)
+    assert second.state_dict() == whole.state_dict()
+    second.reset()
+    assert second.state_dict() == TargetController(0.2).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0}, "`target` must be a finite number > 0, got 0"),
+        ({"target": 1.5}, r"`target` must be in \(0, 1\) for a density, got 1.5"),
+        ({"target": float("nan")}, "`target` must be a finite number > 0, got nan"),
+        ({"rule": "pid"}, "`rule` must be 'proportional' or 'sign', got 'pid'"),
+        ({"gain": 0.0}, "`gain` must be finite and > 0, got 0.0"),
+        ({"integral_time": 0}, "`integral_time` must be finite and > 0, got 0"),
+        ({"minimum": 0.0}, "`minimum` must be finite and > 0"),
+        ({"dead_band": -0.1}, "`dead_band` must be finite and >= 0, got -0.1"),
+        ({"threshold": -1.0}, "`threshold` must be finite and >= 0"),
+        ({"smoothing": 1.0}, r"`smoothing` must be in \[0, 1\), got 1.0"),
+        ({"start": 1e9}, "`start` must be between `minimum` and `maximum`, 0.0001 and 10000.0, got 1000000000.0"),
+        ({"every": 0}, "`every` must be an int >= 1, got 0"),
+        ({"ramp": 1.5}, "`ramp` as a fraction of training must be <= 1"),
+        ({"warmup": -1}, "`warmup` must be >= 0"),
+    ],
+)
+def test_bad_controller_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TargetController(**{"target": 0.1, **arguments})
+
+
+def test_controller_refuses_what_is_not_finite_and_unknown_lengths() -> None:
+    with pytest.raises(ValueError, match="`density` is nan at step 3; a controller needs a finite number"):
+        TargetController(0.1).update(float("nan"), 3, 10)
+    with pytest.raises(ValueError, match="`warmup=0.5` is a fraction of training, but the number"):
+        TargetController(0.1, warmup=0.5).update(0.5, 1)

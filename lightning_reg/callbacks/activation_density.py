@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lightning_reg.callbacks.regularizer import HiddenRegularizer, Mask
+from lightning_reg.callbacks.observer import Mask
+from lightning_reg.callbacks.regularizer import HiddenRegularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationDensityLoss
 from lightning_reg.schedules import Schedule

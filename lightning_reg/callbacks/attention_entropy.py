@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_reg import capture
-from lightning_reg.callbacks.regularizer import Mask, Regularizer
+from lightning_reg.callbacks.observer import Mask
+from lightning_reg.callbacks.regularizer import Regularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import AttentionEntropyLoss
 from lightning_reg.losses.attention_entropy import Level, Objective

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture, plotting, reparam
-from lightning_reg.callbacks.regularizer import Mask, Observer, plain_targets
+from lightning_reg.callbacks.observer import Mask, Observer
+from lightning_reg.callbacks.regularizer import plain_targets
 from lightning_reg.callbacks.spectral_norm import SigmaReparam
 from lightning_reg.capture import Targets
 from lightning_reg.engine import Engine, Tap

@@ -10,7 +10,9 @@ from typing_extensions import override
 
 from lightning_reg import activations
 from lightning_reg.activations import Activation
-from lightning_reg.callbacks.regularizer import HiddenRegularizer, Mask, refuse_smooth
+from lightning_reg.callbacks.control import refuse_smooth
+from lightning_reg.callbacks.observer import Mask
+from lightning_reg.callbacks.regularizer import HiddenRegularizer
 from lightning_reg.callbacks.sparse_activations import SubstitutesActivations
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationDensityLoss, ActivationHoyerLoss, ActivationL1Loss

@@ -1,7 +1,7 @@
 """What every penalty callback shares: when it is attached, how strong it is, what it logs. No formula."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -11,75 +11,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_reg import activations, capture
+from lightning_reg import capture
+from lightning_reg.callbacks.control import Control
+from lightning_reg.callbacks.observer import Mask, Observer
 from lightning_reg.capture import Targets
 from lightning_reg.engine import Engine
-from lightning_reg.functional.activation_density import exact_density
 from lightning_reg.schedules import Schedule, TargetController
 
 if TYPE_CHECKING:
     from lightning_reg.engine import Tap
 
 Role = Literal["mlp_hidden", "mlp_pre_activation"]
-Mask = str | int | Callable[[Any], Tensor] | None
-
-
-class Observer:
-    """What the engine shows its sites to. A ``Regularizer`` is one that leaves penalties."""
-
-    name, role = "", ""
-    top_k: int | None = None
-    mask: Mask = None
-    allow_unused = False
-    penalizes = False
-    awake = True  # the sites are shown to it at the current step; at the others it costs nothing
-    strength = 0.0  # weight * schedule at the current step
-    coefficient: Tensor  # strength / number of calls, for repeated forwards
-
-    def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
-        """Names of the modules to watch, each with whether the user named it."""
-        raise NotImplementedError
-
-    def see_attention(
-        self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """``(penalty, value)`` of attention rows: entropy in nats and visible keys (batch, heads, queries)."""
-        raise NotImplementedError
-
-    def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``(x, penalty, value)`` of activations (..., width)."""
-        raise NotImplementedError
-
-    def check_fired(self, taps: "list[Tap]") -> None:
-        """Raise if a target did not run in the first step."""
-        raise NotImplementedError
-
-    @property
-    def live(self) -> bool:
-        """Whether the penalty acts at the current step."""
-        return self.strength > 0
-
-    def update_strength(self, step: int, total_steps: int | None) -> None:
-        """Set the strength of an optimizer step; without a penalty there is none."""
-
-    def observe(self, model: nn.Module, logged: Mapping[str, Any] | None = None) -> None:
-        """Look at what a forward pass left, before it is cleared for the next."""
-
-    def batch_mask(self, batch: Any) -> Tensor | None:
-        """Valid tokens of a batch, or None."""
-        if self.mask is None or batch is None:
-            return None
-        try:
-            mask = self.mask(batch) if callable(self.mask) else batch[self.mask]
-        except (KeyError, IndexError, TypeError) as error:
-            keys = f" with keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
-            raise ValueError(
-                f"`mask={self.mask!r}` is not in the batch, a {type(batch).__name__}{keys}; give its key, its "
-                "index, or a function of the batch."
-            ) from error
-        if not isinstance(mask, Tensor):
-            raise ValueError(f"`mask={self.mask!r}` must select a tensor, got {type(mask).__name__}.")
-        return mask.bool()
 
 
 class Regularizer(Observer, Callback):
@@ -118,6 +60,7 @@ class Regularizer(Observer, Callback):
         self.mask, self.allow_unused, self.name = mask, allow_unused, name
         self.strength = self.weight
         self.coefficient = torch.zeros(())
+        self.total_steps: int | None = None
         self._from_checkpoint: dict[str, Any] | None = None
         controls = isinstance(schedule, TargetController)
         self.control = Control(self, schedule) if controls else None  # type: ignore[arg-type]
@@ -134,6 +77,7 @@ class Regularizer(Observer, Callback):
 
     def update_strength(self, step: int, total_steps: int | None) -> None:
         """Set the strength of an optimizer step."""
+        self.total_steps = total_steps
         self.strength = self.weight * (1.0 if self.schedule is None else self.schedule(step, total_steps))
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -151,9 +95,10 @@ class Regularizer(Observer, Callback):
 
     def attach(self, model: nn.Module) -> None:
         """Register with the engine of ``model``."""
-        Engine.of(model).register(model, self)
-        if self.control is not None:
-            self.control.attach(model)
+        engine = Engine.of(model)
+        if self.control is not None and self not in engine.taps:
+            self.control.begin(model)
+        engine.register(model, self)
 
     def detach(self, model: nn.Module) -> None:
         """Counterpart of ``attach``; the engine removes what it attached."""
@@ -175,8 +120,6 @@ class Regularizer(Observer, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach: here the model exists, however it was built."""
         self._check_checkpoint()
-        if self.control is not None:
-            self.control.begin()
         self.attach(pl_module)
         Engine.of(pl_module).wrap(pl_module)
         self.update_strength(trainer.global_step, _total_steps(trainer, self.schedule))
@@ -186,14 +129,14 @@ class Regularizer(Observer, Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the restored step."""
-        self._total = _total_steps(trainer, self.schedule)
+        self.total_steps = _total_steps(trainer, self.schedule)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the strength of this optimizer step."""
-        self.update_strength(trainer.global_step, self._total)
+        self.update_strength(trainer.global_step, self.total_steps)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,9 +152,15 @@ class Regularizer(Observer, Callback):
         engine.disarm()
         self.observe(pl_module, trainer.callback_metrics)
         if self.control is not None and trainer.global_step != self.control.steps:
-            self.control.step(trainer.global_step, self._total, trainer.strategy.reduce)
+            self.control.step(trainer.global_step, trainer.strategy.reduce)
         if trainer._logger_connector.should_update_logs and engine.regularizers[0] is self:
             log_values(pl_module, engine)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that a controller has something to go by."""
+        if self.control is not None:
+            self.control.check_measured(trainer.callback_metrics)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -252,106 +201,6 @@ class Regularizer(Observer, Callback):
                     f"`{key}` of {type(self).__name__} {self.name!r} is {value!r}, but the checkpoint was trained with "
                     f"{saved[key]!r}: set `{key}={saved[key]!r}`, or load only the weights to start a new training."
                 )
-
-
-class Control:
-    """Feeds a ``TargetController`` with what the model does, and keeps its place in the training.
-
-    Args:
-        regularizer: Whose weight is controlled.
-        controller: Its schedule.
-    """
-
-    def __init__(self, regularizer: Regularizer, controller: TargetController) -> None:
-        self.regularizer, self.controller = regularizer, controller
-        if controller.quantity == "density" and regularizer.role == "attention":
-            raise ValueError(
-                f"`quantity='density'` is of MLP activations, but {regularizer.name} is about attention; use 'value'."
-            )
-        self.steps = 0
-        self._measured: list[Tensor] = []  # since the last update
-        self._last: Tensor | None = None  # logged number seen last
-        self._restored: dict[str, Any] | None = None
-        self._probe: Observer | None = None
-
-    @property
-    def density(self) -> float | None:
-        """Moving average of the density, where that is the quantity."""
-        return self.controller.average if self.controller.quantity == "density" else None
-
-    def begin(self) -> None:
-        """Start a training, or continue that of a checkpoint."""
-        self.steps, self._measured, self._last = 0, [], None
-        self.controller.reset()
-        if self._restored is not None:
-            self.steps = self._restored["steps"]
-            self.controller.load_state_dict(self._restored)
-            self._restored = None
-
-    def attach(self, model: nn.Module) -> None:
-        """Watch the density, if that is the quantity."""
-        if self.controller.quantity == "density":
-            if self.controller.threshold == 0:
-                refuse_smooth(self._targets(), model)
-            self._probe = DensityProbe(self.regularizer, self._targets(), self.controller.threshold)
-            Engine.of(model).register(model, self._probe)
-
-    def _targets(self) -> Targets:
-        return self.regularizer.targets if self.regularizer.role == "mlp_hidden" else None
-
-    def observe(self, model: nn.Module, logged: Mapping[str, Any] | None = None) -> None:
-        """Keep what the last batch gave, on its device."""
-        engine, quantity = Engine.of(model), self.controller.quantity
-        if quantity == "density":
-            assert self._probe is not None
-            values = [value for tap in engine.taps[self._probe] for _, value in tap.records]
-            self._measured += [torch.stack([value.float() for value in values]).mean()] if values else []
-        elif quantity == "value":
-            total = engine.totals.get(self.regularizer.name)
-            self._measured += [] if total is None else [total[0]]
-        elif (value := (logged or {}).get(quantity)) is not None and value is not self._last:
-            self._last = value
-            self._measured.append(value.detach().float())
-
-    def step(
-        self, steps: int, total_steps: int | None = None, reduce: Callable[..., Any] = lambda value, **_: value
-    ) -> None:
-        """After optimizer step number ``steps``: update the controller when it is due."""
-        self.steps = steps
-        if not self._measured or steps % self.controller.every:
-            return
-        mean = reduce(torch.stack(self._measured).mean(), reduce_op="mean")
-        self._measured = []
-        raises = self.regularizer.raises_value and self.controller.quantity == "value"
-        self.controller.update(float(mean), steps, total_steps, raises=raises)
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the controller and its place in the training."""
-        return {"steps": self.steps, **self.controller.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Keep for ``begin``."""
-        self._restored = state
-
-
-class DensityProbe(Observer):
-    """Measures the share of activations that are not 0 where a regularizer acts; leaves no penalty."""
-
-    role = "mlp_hidden"
-    allow_unused = True
-
-    def __init__(self, regularizer: Regularizer, targets: Targets, threshold: float) -> None:
-        self.name, self.mask = f"{regularizer.name}/density", regularizer.mask
-        self.targets, self.threshold = targets, threshold
-
-    def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
-        """Down-projections of the MLPs."""
-        return find_hidden_sites(self.targets, model)
-
-    def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, None, Tensor]:
-        """``x`` and its density."""
-        valid = None if mask is None else mask.bool()
-        return x, None, exact_density(x, threshold=self.threshold, mask=valid)
 
 
 class HiddenRegularizer(Regularizer):
@@ -445,20 +294,6 @@ def plain_targets(targets: Any) -> Any:
 def find_hidden_sites(targets: Targets, model: nn.Module) -> list[tuple[str, bool]]:
     """Sites of the role ``mlp_hidden``."""
     return [(mlp.down, targets is not None) for mlp in capture.select_mlps(targets, model)]
-
-
-def refuse_smooth(targets: Targets, model: nn.Module) -> None:
-    """Raise a ValueError if an MLP's activation is smooth, so that its density would never be exact."""
-    for mlp in capture.select_mlps(targets, model):
-        found = [(path, capture.attribute(model, path)) for path in mlp.activations]
-        if found and all(activations.gives_zeros(activation) is False for _, activation in found):
-            path, activation = found[0]
-            raise ValueError(
-                f"the activation {path!r} ({activations.describe(activation)}) is never exactly 0, so its density "
-                "stays 1. Substitute it (`ActivationSubstitution('relu')`, `ProgressiveSparsity(substitute='relu')`), "
-                "penalise what enters it (`ActivationL1Regularizer(weight, role='mlp_pre_activation')`), or count with "
-                "a `threshold`."
-            )
 
 
 def find_pre_activation_sites(targets: Targets, model: nn.Module) -> list[tuple[str, bool]]:
