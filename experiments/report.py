@@ -70,6 +70,12 @@ def sections(arms: Sequence[Arm]) -> list[Section]:
             [_mean_of(arms, "activation_density", "mean of all layers"), *_by_site(arms, "activation_density", low=0)],
         ),
         Section(
+            "Progressive sparsity",
+            "The weight of the penalty rises in stages; the first leaves the model time to get used to its activation. "
+            "Beside it what the stages did to the density, and to the loss on images never trained on.",
+            _progress(arms),
+        ),
+        Section(
             "Spectral norms",
             "The largest singular value of each weight in use. Where it grows without bound, attention logits grow "
             "with it and entropy collapses. sigma-Reparam makes it a learned number of each weight.",
@@ -140,6 +146,16 @@ def _by_site(arms: Sequence[Arm], quantity: str, low: float | None = None, high:
         top = max(values, default=1.0) if high is None else high
         charts += [line_chart(f"{name}, by layer", series, low=low, high=top)] if series else []
     return charts
+
+
+def _progress(arms: Sequence[Arm]) -> list[Chart]:
+    """Schedule, density and loss on one axis of steps, where a schedule of stages was used."""
+    key = "reg/progressive_sparsity/weight"
+    weights = [(arm.name, arm.metrics[key]) for arm in arms if key in arm.metrics]
+    if not weights:
+        return []
+    density = _mean_of(arms, "activation_density", "activation density, mean of all layers")
+    return [_arms_chart("weight of the penalty", weights), density, _compare(arms, "validation loss", "val/loss")]
 
 
 def _strengths(arms: Sequence[Arm]) -> list[Chart]:

@@ -26,10 +26,10 @@ from experiments.report import write_report
 from experiments.run_info import ROOT, run_info
 from experiments.runs import load_run
 from experiments.summary import print_summary
-from lightning_reg.callbacks import Regularizer, SigmaReparam
+from lightning_reg.callbacks import ActivationSubstitution, Regularizer, SigmaReparam
 
 REGULARIZED, PLAIN = "regularized", "plain"
-REGULARIZERS = (Regularizer, SigmaReparam)
+REGULARIZERS = (Regularizer, SigmaReparam, ActivationSubstitution)
 # what a config may build; Hydra 1.4 asks for it
 TRUSTED = ["experiments.*", "lightning_reg.*", "lightning.*", "timm.*", "torch.*", "wandb.Settings"]
 TIMED_STEPS = 20

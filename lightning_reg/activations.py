@@ -314,6 +314,19 @@ def gives_zeros(activation: Any) -> bool | None:
     return bool((out == 0).double().mean() > 0.1)
 
 
+def is_relu(activation: Any) -> bool:
+    """Whether an activation is ReLU, also one whose threshold was shifted before."""
+    return _same(activation, nn.ReLU())
+
+
+def put_activation(model: nn.Module, path: str, activation: nn.Module) -> None:
+    """Replace the activation at one path, as a substitution that can be undone."""
+    place = _place(capture.named_modules(model), path)
+    if place is None:
+        raise ValueError(f"`path` {path!r} is no attribute of the model.")
+    _replace(place, activation)
+
+
 def describe(activation: Any) -> str:
     """Name of an activation, module or function."""
     return type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "?")

@@ -66,11 +66,16 @@ def test_presets_are_the_papers_numbers() -> None:
     assert (aem.weight, aem.loss.objective, aem.loss.normalize) == (0.1, "maximize", False)
     assert [round(aem.schedule(step, 100), 3) for step in (0, 50, 100)] == [1.0, 0.5, 0.0]
     assert (deft.weight, deft.loss.epsilon, deft.loss.relative) == (1.0, 1e-7, False)
+    callbacks = compose("lightning_reg=[prosparse,prosparse_7b]").callbacks
+    relative, published = build(callbacks.prosparse).schedule, build(callbacks.prosparse_7b).schedule
+    assert published.peaks == pytest.approx([s * 1e-8 * 4096 * 11008 * 32 for s in (0, 5e-3, 5e-2, 5e-2, 0.2, 0.2)])
+    for step in range(25, 16_500, 50):
+        assert relative(step, 16_500) == pytest.approx(published(step), abs=0.01)
 
 
 def test_sigma_reparam_comes_before_everything_that_sees_its_parameters() -> None:
     regularizers = [key for key in compose("experiment=quickstart").callbacks if key != "progress_bar"]
-    assert regularizers == ["sigma_reparam", "aem", "deft", "monitor"]
+    assert regularizers == ["sigma_reparam", "aem", "deft", "prosparse", "monitor"]
 
 
 def test_seed_zero_is_a_seed() -> None:
