@@ -31,7 +31,7 @@ from lightning_reg.callbacks import ActivationSubstitution, Regularizer, SigmaRe
 REGULARIZED, PLAIN = "regularized", "plain"
 REGULARIZERS = (Regularizer, SigmaReparam, ActivationSubstitution)
 # what a config may build; Hydra 1.4 asks for it
-TRUSTED = ["experiments.*", "lightning_reg.*", "lightning.*", "timm.*", "torch.*", "wandb.Settings"]
+TRUSTED = ["experiments.*", "lightning_reg.*", "lightning.*", "timm.*", "transformers.*", "torch.*", "wandb.Settings"]
 TIMED_STEPS = 20
 
 # Lightning recommends products of its makers in every fit

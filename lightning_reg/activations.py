@@ -20,9 +20,11 @@ from lightning_reg.capture import Targets
 from lightning_reg.functional.sparse_activations import (
     check_fat_threshold,
     check_share,
+    check_shift,
     check_sparsity,
     fatrelu,
     relu2,
+    shifted_relu,
     statistical_topk,
     topk,
 )
@@ -86,6 +88,30 @@ class FATReLU(nn.Module):
         return shown if self.sharpness is None else f"{shown}, sharpness={self.sharpness:g}"
 
 
+class ShiftedReLU(nn.Module):
+    """``max(0, x - shift)`` (ReLU Strikes Back, Mirzadeh et al. 2023).
+
+    Args:
+        shift: What pre-activations must exceed.
+
+    Example:
+        >>> ShiftedReLU(0.5)(torch.tensor([-1.0, 0.2, 0.75]))
+        tensor([0.0000, 0.0000, 0.2500])
+    """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        super().__init__()
+        self.shift = check_shift(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activations of the shape of ``x``."""
+        return shifted_relu(x, self.shift)
+
+    def extra_repr(self) -> str:
+        """Arguments, as torch prints modules."""
+        return f"{self.shift:g}"
+
+
 class TopK(nn.Module):
     """ReLU, then the largest activations of each token.
 
@@ -138,6 +164,7 @@ class StatisticalTopK(nn.Module):
 _KINDS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "relu2": ReLU2,
+    "shifted_relu": ShiftedReLU,
     "drelu": nn.ReLU,  # with the projections before it rectified too
     "fatrelu": FATReLU,
     "topk": TopK,
@@ -145,6 +172,7 @@ _KINDS: dict[str, type[nn.Module]] = {
 }
 _ARGUMENTS = {
     FATReLU: lambda module: {"threshold": module.threshold, "sharpness": module.sharpness},
+    ShiftedReLU: lambda module: {"shift": module.shift},
     TopK: lambda module: {"share": module.share, "straight_through": module.straight_through},
     StatisticalTopK: lambda module: {"sparsity": module.sparsity},
 }
@@ -205,8 +233,8 @@ def substitute_activations(model: nn.Module, activation: Activation = "relu", *,
 
     Args:
         model: Model whose MLPs exist.
-        activation: ``"relu"``, ``"relu2"``, ``"drelu"`` (gated MLPs: both branches rectified), ``"fatrelu"``,
-            ``"topk"``, ``"statistical_topk"``, or a module, of which each MLP gets a copy.
+        activation: ``"relu"``, ``"relu2"``, ``"shifted_relu"``, ``"drelu"`` (gated MLPs: both branches rectified),
+            ``"fatrelu"``, ``"topk"``, ``"statistical_topk"``, or a module, of which each MLP gets a copy.
         targets: Down-projections of the MLPs, as for the regularizers; all MLPs when left out.
 
     Returns:

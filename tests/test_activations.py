@@ -205,7 +205,7 @@ def test_folded_threshold_cuts_as_the_trained_one(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    ["relu", "relu2", "fatrelu", "topk", "statistical_topk", FATReLU(torch.rand(32)), FATReLU(0.2, sharpness=30.0),
+    ["relu", "relu2", "shifted_relu", "fatrelu", "topk", "statistical_topk", FATReLU(torch.rand(32)), FATReLU(0.2, sharpness=30.0),
      TopK(0.3, straight_through=False), StatisticalTopK(0.7)],
     ids=lambda value: value if isinstance(value, str) else repr(value),
 )  # fmt: skip
@@ -358,7 +358,16 @@ def test_module_of_ones_own_is_trained_with_but_not_rebuilt() -> None:
 
 
 @pytest.mark.parametrize(
-    "activation", ["relu2", "topk", "statistical_topk", "drelu", FATReLU(torch.rand(32)), FATReLU(0.1, sharpness=2.0)]
+    "activation",
+    [
+        "relu2",
+        "shifted_relu",
+        "topk",
+        "statistical_topk",
+        "drelu",
+        FATReLU(torch.rand(32)),
+        FATReLU(0.1, sharpness=2.0),
+    ],
 )
 def test_what_torch_does_not_have_is_not_folded(activation: Any) -> None:
     model = Gated()

@@ -328,7 +328,7 @@ def test_several_entropies_of_one_attention_are_exact(fused: bool, use_reentrant
 
 
 class Sparse(tiny.Tiny):
-    """Writes the L1 and the Hoyer-square of the hidden activations by hand."""
+    """Writes the L1 and the Hoyer-square of the hidden activations, and the L1 of what enters them, by hand."""
 
     def loss(self, x: torch.Tensor) -> torch.Tensor:
         loss = (self(x) - x.roll(1, 1)).square().mean()
@@ -337,19 +337,25 @@ class Sparse(tiny.Tiny):
         terms = []
         for block in self.net.blocks:
             x = x + block.attention(x)
-            hidden = torch.tanh(block.fc1(x))
+            before = block.fc1(x)
+            hidden = torch.tanh(before)
             l1, square = hidden.abs().sum(-1), hidden.square().sum(-1)
             terms.append(0.5 * hidden.abs().mean() + 2.0 * (l1.square() / square).mean() / hidden.shape[-1])
+            terms[-1] = terms[-1] + 0.3 * (before.clamp_min(-0.5) + 0.5).mean()
             x = x + block.fc2(hidden)
         return loss + torch.stack(terms).mean()
+
+
+def sparse() -> list[Any]:
+    before = ActivationL1Regularizer(0.3, role="mlp_pre_activation", floor=-0.5, name="before")
+    return [ActivationL1Regularizer(0.5), ActivationHoyerRegularizer(2.0), before]
 
 
 @pytest.mark.parametrize("case", [name for name, (module, _, _) in CASES.items() if module is tiny.Tiny])
 def test_elementwise_and_per_token_penalties_equal_the_handwritten_loss(case: str) -> None:
     _, arguments, settings = CASES[case]
     wanted = reference(Sparse, arguments, settings)
-    callbacks = [ActivationL1Regularizer(0.5), ActivationHoyerRegularizer(2.0)]
-    assert tiny.distance(tiny.fit(Sparse(**arguments), callbacks, **settings), wanted) <= EXACT
+    assert tiny.distance(tiny.fit(Sparse(**arguments), sparse(), **settings), wanted) <= EXACT
     assert tiny.distance(tiny.fit(Sparse(**arguments), **settings), wanted) > DIFFERENT
 
 
@@ -362,7 +368,7 @@ def test_elementwise_and_per_token_penalties_compile_without_graph_breaks() -> N
     module = Sparse()
     for block in module.net.blocks:
         block.compile(backend="aot_eager", fullgraph=True)
-    got = tiny.fit(module, [ActivationL1Regularizer(0.5), ActivationHoyerRegularizer(2.0)])
+    got = tiny.fit(module, sparse())
     assert tiny.distance(got, wanted) <= EXACT
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] > 0

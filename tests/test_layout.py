@@ -13,7 +13,7 @@ import lightning_reg
 
 ROOT = Path(lightning_reg.__file__).parent
 QUANTITIES = {path.stem for path in (ROOT / "functional").glob("*.py")} - {"__init__"}
-SHARED = {"metrics": {"base"}, "callbacks": {"regularizer", "monitor", "progressive_sparsity"}, "losses": set()}
+SHARED = {"metrics": {"base"}, "callbacks": {"observer", "regularizer", "control", "monitor", "progressive_sparsity"}, "losses": set()}
 # who may import whom: never back
 LAYERS = {
     "functional": set(),
@@ -24,8 +24,9 @@ LAYERS = {
     "plotting": set(),
     "engine": {"functional", "capture"},
     "reparam": {"functional", "capture"},
+    "pruning": {"functional", "capture", "reparam"},
     "activations": {"functional", "capture"},
-    "calibration": {"functional", "metrics", "capture"},
+    "calibration": {"functional", "metrics", "capture", "activations"},
     "callbacks": {
         "functional",
         "activations",
@@ -35,6 +36,7 @@ LAYERS = {
         "capture",
         "engine",
         "reparam",
+        "pruning",
         "plotting",
     },
 }
@@ -44,9 +46,10 @@ SURFACE = {
     "lightning_reg.functional": {
         "activation_density", "activation_hoyer", "activation_l1", "activation_locality", "chunk_density",
         "temporal_delta", "attention_entropy", "attention_entropy_from_probs",
-        "attention_entropy_from_scores", "attention_with_entropy", "exact_density", "exact_chunk_density", "cett", "cett_threshold",
-        "dead_neurons", "reuse_ratio", "spectral_norm", "spectral_reparam",
-        "drelu", "fatrelu", "relu2", "statistical_topk", "topk",
+        "attention_entropy_from_scores", "attention_with_entropy", "exact_density", "exact_chunk_density",
+        "cett", "cett_threshold", "dead_neurons", "reuse_ratio", "spectral_norm", "spectral_reparam",
+        "drelu", "fatrelu", "relu2", "shifted_relu", "statistical_topk", "topk",
+        "erk_densities", "magnitude_mask", "n_m_mask", "random_mask", "rigl_mask", "rigl_share", "weight_sparsity",
     },
     "lightning_reg.losses": {
         "ActivationDensityLoss", "ActivationHoyerLoss", "ActivationL1Loss", "ActivationLocalityLoss",
@@ -54,6 +57,7 @@ SURFACE = {
     },
     "lightning_reg.metrics": {
         "ActivationDensity", "AttentionEntropy", "CETT", "ChunkDensity", "DeadNeurons", "ReuseRatio", "SpectralNorm",
+        "WeightSparsity",
     },
     "lightning_reg.callbacks": {
         "ActivationDensityRegularizer", "ActivationHoyerRegularizer", "ActivationL1Regularizer",
@@ -61,6 +65,7 @@ SURFACE = {
         "ActivationSubstitution", "AttentionEntropyRegularizer", "ProgressiveSparsity", "Regularizer", "RegMonitor",
         "SigmaReparam",
         "apply_sigma_reparam", "fold_checkpoint", "merge_sigma_reparam", "update_sigma_reparam",
+        "WeightSparsity",
     },
 }  # fmt: skip
 

@@ -55,11 +55,12 @@ class ImageClassifier(pl.LightningModule):
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, total, self.warmup))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _cosine(step: int, total: int, warmup: float) -> float:
+def cosine(step: int, total: int, warmup: float) -> float:
+    """Learning rate at ``step`` relative to its peak: rises for a share ``warmup``, then half a cosine to 0."""
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising

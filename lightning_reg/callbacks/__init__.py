@@ -3,24 +3,32 @@
 from lightning_reg.callbacks.activation_density import ActivationDensityRegularizer
 from lightning_reg.callbacks.activation_hoyer import ActivationHoyerRegularizer
 from lightning_reg.callbacks.activation_l1 import ActivationL1Regularizer
+from lightning_reg.callbacks.activation_locality import ActivationLocalityRegularizer
 from lightning_reg.callbacks.attention_entropy import AttentionEntropyRegularizer
+from lightning_reg.callbacks.chunk_density import ChunkDensityRegularizer
 from lightning_reg.callbacks.monitor import RegMonitor
 from lightning_reg.callbacks.progressive_sparsity import ProgressiveSparsity
 from lightning_reg.callbacks.regularizer import Regularizer
 from lightning_reg.callbacks.sparse_activations import ActivationSubstitution
 from lightning_reg.callbacks.spectral_norm import SigmaReparam
+from lightning_reg.callbacks.temporal_delta import TemporalDeltaRegularizer
+from lightning_reg.callbacks.weight_sparsity import WeightSparsity
 from lightning_reg.reparam import apply_sigma_reparam, fold_checkpoint, merge_sigma_reparam, update_sigma_reparam
 
 __all__ = [
     "ActivationDensityRegularizer",
     "ActivationHoyerRegularizer",
     "ActivationL1Regularizer",
+    "ActivationLocalityRegularizer",
     "ActivationSubstitution",
     "AttentionEntropyRegularizer",
+    "ChunkDensityRegularizer",
     "ProgressiveSparsity",
     "RegMonitor",
     "Regularizer",
     "SigmaReparam",
+    "TemporalDeltaRegularizer",
+    "WeightSparsity",
     "apply_sigma_reparam",
     "fold_checkpoint",
     "merge_sigma_reparam",

@@ -115,8 +115,8 @@ class ActivationSubstitution(SubstitutesActivations):
     one.
 
     Args:
-        activation: ``"relu"``, ``"relu2"``, ``"drelu"``, ``"fatrelu"``, ``"topk"``, ``"statistical_topk"``, or a
-            module, of which each MLP gets a copy.
+        activation: ``"relu"``, ``"relu2"``, ``"shifted_relu"``, ``"drelu"``, ``"fatrelu"``, ``"topk"``,
+            ``"statistical_topk"``, or a module, of which each MLP gets a copy.
         targets: Down-projections of the MLPs; all MLPs when left out.
     """
 

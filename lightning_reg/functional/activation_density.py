@@ -67,36 +67,111 @@ def density_tap(
     return _Density.apply(check_activations(x), check_token_mask(mask, x), epsilon, relative)
 
 
-def exact_density(x: Tensor, *, threshold: float = 0.0, mask: Tensor | None = None) -> Tensor:
+def exact_density(
+    x: Tensor, *, threshold: float = 0.0, relative: float | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Share of valid elements with ``|x| > threshold``; ``threshold=0`` counts exact non-zeros.
 
     Args:
         x: Activations (..., width).
         threshold: Magnitude up to which an element counts as zero, >= 0.
+        relative: In place of ``threshold``: an element counts as zero up to this share of the largest magnitude of its
+            token, in (0, 1). D2DMoE reports 1/10, 1/100 and 1/1000.
         mask: Valid positions, True = valid, shape of ``x`` without its last axis.
+
+    Returns:
+        Scalar in [0, 1], float32, no gradient; 0 when no position is valid. NaN counts as non-zero, with ``relative``
+        all of its token does.
+
+    Raises:
+        ValueError: If ``threshold`` or ``relative`` is out of range, both are given, or ``mask`` does not fit.
+
+    Example:
+        >>> exact_density(torch.tensor([[0.0, 2.0, 1e-3, -3.0]]), threshold=0.01)
+        tensor(0.5000)
+        >>> exact_density(torch.tensor([[0.0, 2.0, 0.5, -9.0], [0.0, 0.2, 0.5, -0.9]]), relative=0.1)
+        tensor(0.6250)
+    """
+    active, valid = count_active(x, threshold=threshold, relative=relative, mask=mask)
+    return active.float() / valid.clamp_min(1)
+
+
+def exact_chunk_density(
+    x: Tensor, *, chunk: int = 8, threshold: float = 0.0, documents: Tensor | None = None
+) -> Tensor:
+    """Share of neurons with ``|x| > threshold`` at one or more tokens of a chunk, over chunks and neurons.
+
+    This union is what decoding ``chunk`` tokens at once has to load. Chunks begin with their document and never cross
+    into another; the last one of a document may hold fewer tokens and counts as one all the same.
+
+    Args:
+        x: Activations (..., tokens, width).
+        chunk: Tokens in a chunk, >= 1; 1 gives ``exact_density``.
+        threshold: Magnitude up to which an element counts as zero, >= 0.
+        documents: Shape of ``x`` without its last axis. Boolean: True = valid, one document a row. Integers: 0 =
+            padding, equal neighbours belong to the same document.
 
     Returns:
         Scalar in [0, 1], float32, no gradient; 0 when no position is valid. NaN counts as non-zero.
 
     Raises:
-        ValueError: If ``threshold`` is negative or ``mask`` does not fit.
+        ValueError: If ``chunk`` or ``threshold`` is out of range or ``documents`` does not fit.
 
     Example:
-        >>> exact_density(torch.tensor([[0.0, 2.0, 1e-3, -3.0]]), threshold=0.01)
-        tensor(0.5000)
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+        >>> exact_chunk_density(x, chunk=2), exact_density(x)
+        (tensor(0.7500), tensor(0.3750))
     """
-    active, valid = count_active(x, threshold=threshold, mask=mask)
-    return active.float() / valid.clamp_min(1)
+    active, total = count_chunks(x, chunk=chunk, threshold=threshold, documents=documents)
+    return active.float() / total.clamp_min(1)
 
 
-def count_active(x: Tensor, *, threshold: float = 0.0, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Numbers of elements above ``threshold`` in magnitude and of valid elements, int64 scalars."""
-    check_threshold(threshold)
+def count_active(
+    x: Tensor, *, threshold: float = 0.0, relative: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Numbers of active and of valid elements, int64 scalars. Arguments as ``exact_density``."""
     mask = check_token_mask(mask, x)
-    active = (x.detach().abs() <= threshold).logical_not_()  # true for NaN, as in torch.count_nonzero
+    active = is_active(x, threshold=threshold, relative=relative)
     if mask is None:
         return active.sum(), torch.full((), x.numel(), device=x.device)
     return active.logical_and_(mask).sum(), mask.sum() * x.shape[-1]
+
+
+def count_chunks(
+    x: Tensor, *, chunk: int = 8, threshold: float = 0.0, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Numbers of active and of all pairs (chunk, neuron), int64 scalars. Arguments as ``exact_chunk_density``."""
+    check_chunk(chunk)
+    documents = check_documents(documents, x)
+    active = is_active(x, threshold=threshold).logical_and_(documents.bool().unsqueeze(-1))
+    starts = _chunk_starts(documents, chunk).flatten()
+    number = (starts.cumsum(0) - 1).clamp_min_(0)
+    # a row for each token, so that no size depends on the data; most stay empty
+    union = torch.zeros(starts.numel(), x.shape[-1], dtype=torch.int32, device=x.device)
+    union.index_add_(0, number, active.flatten(0, -2).int())
+    return union.count_nonzero(), starts.sum() * x.shape[-1]
+
+
+def _chunk_starts(documents: Tensor, chunk: int) -> Tensor:
+    """Tokens at which a chunk begins."""
+    valid = documents.bool()
+    rank = valid.cumsum(-1) - 1
+    if documents.dtype != torch.bool:
+        begins = valid.clone()
+        begins[..., 1:] &= documents[..., 1:] != documents[..., :-1]
+        rank = rank - torch.where(begins, rank, 0).cummax(-1).values
+    return valid & (rank % chunk == 0)
+
+
+def is_active(x: Tensor, *, threshold: float = 0.0, relative: float | None = None) -> Tensor:
+    """Which elements are active, boolean; NaN is, as in ``torch.count_nonzero``."""
+    check_threshold(threshold)
+    size = x.detach().abs()
+    relative = check_relative(relative, threshold)
+    if relative is None or not x.shape[-1]:
+        return (size <= threshold).logical_not_()
+    # the product in float32: in half precision it would round across neighbouring activations
+    return (size <= upcast(size.amax(-1, keepdim=True)) * relative).logical_not_()
 
 
 class _Density(torch.autograd.Function):
@@ -170,6 +245,44 @@ def check_threshold(threshold: float) -> float:
     if not threshold >= 0:
         raise ValueError(f"`threshold` must be >= 0, got {threshold}.")
     return threshold
+
+
+def check_relative(relative: float | None, threshold: float = 0.0) -> float | None:
+    """Return ``relative`` or raise a ValueError."""
+    if relative is not None and not 0 < relative < 1:
+        raise ValueError(f"`relative` must be in (0, 1), got {relative}. D2DMoE reports 0.1, 0.01 and 0.001.")
+    if relative is not None and threshold:
+        raise ValueError(
+            f"`threshold={threshold}` and `relative={relative}` exclude each other: give an absolute threshold, or one "
+            "relative to the largest magnitude of a token."
+        )
+    return relative
+
+
+def check_chunk(chunk: int) -> int:
+    """Return ``chunk`` or raise a ValueError."""
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"`chunk` must be an integer >= 1, the tokens in a chunk, got {chunk}.")
+    return chunk
+
+
+def check_documents(documents: Tensor | None, x: Tensor) -> Tensor:
+    """``documents`` (..., tokens) for ``x`` (..., tokens, width), all True without, or raise a ValueError."""
+    if x.dim() < 2:
+        raise ValueError(f"`x` must be (..., tokens, width), got {tuple(x.shape)}: neighbouring tokens are needed.")
+    if documents is None:
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    if documents.shape != x.shape[:-1]:
+        raise ValueError(
+            "`documents` must have the shape of `x` without its last axis, "
+            f"{tuple(x.shape[:-1])}, got {tuple(documents.shape)}."
+        )
+    if documents.is_floating_point() or documents.is_complex():
+        raise ValueError(
+            "`documents` must be boolean (True = valid) or integers (0 = padding, equal neighbours = same document), "
+            f"got {documents.dtype}; use `documents.bool()` or `.long()`."
+        )
+    return documents
 
 
 def check_activations(x: Tensor) -> Tensor:

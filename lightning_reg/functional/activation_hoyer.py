@@ -2,23 +2,28 @@ r"""Hoyer-square of activations: how evenly a token's activation spreads over th
 
 Formula
     For a token of width d: ``H = ||x||_1^2 / (d ||x||_2^2)``; the mean over valid tokens.
-    ``dH/dx_i = 2 ||x||_1 (sign(x_i) ||x||_2^2 - ||x||_1 x_i) / (d ||x||_2^4)``, orthogonal to x.
+    ``dH/dx_i = 2 ||x||_1 (sign(x_i) ||x||_2^2 - ||x||_1 x_i) / (d ||x||_2^4)``, orthogonal to x. With a ``floor`` it is
+    that of ``max(x, floor) - floor``: how far x stands above the floor.
 Source
     Kurtz et al. 2020 (Inducing and exploiting activation sparsity, section 2.1), after Hoyer 2004; per token as in
-    D2DMoE (arXiv 2310.04361). Public code takes it over the whole batch and gives NaN for zeros, or 1 to d.
+    D2DMoE (arXiv 2310.04361). Public code takes it over the whole batch and gives NaN for zeros, or 1 to d. The floor
+    is D2DMoE's for GELU, -10 on *pre*-activations.
 Input
-    Activations ``x`` of any shape (..., width), normally the input of an MLP's down-projection.
+    Activations ``x`` of any shape (..., width), normally the input of an MLP's down-projection; with a floor, what
+    enters the activation.
 Unit and range
     Dimensionless: 1 / width when one activation holds everything, 1 when all magnitudes are equal, and 0 for a token
     that is all zero. k equal non-zeros give k / width, so it reads as a density.
 Where it acts
-    It pushes activations below ``||x||_2^2 / ||x||_1`` to zero and lets larger ones grow.
+    It pushes activations below ``||x||_2^2 / ||x||_1`` to zero, or to the floor, and lets larger ones grow. What is at
+    or below the floor has no gradient.
 Default and why
     Divided by the width, so that a weight does not depend on it.
 Cost
     One pass forward and one backward, with two numbers for each token; keeps only ``x``.
 When it hurts
-    Small tokens count as much as large ones. A dead ReLU has no gradient.
+    Small tokens count as much as large ones. A dead ReLU has no gradient. With a floor far below all activations each
+    stands about equally high above it: the value is near 1 and the pull weak.
 Not together with
     Nothing known; it does not see the scale, so it adds well to a penalty that does.
 """
@@ -35,50 +40,53 @@ from lightning_reg.functional.activation_density import (
     upcast,
     valid_sum,
 )
+from lightning_reg.functional.activation_l1 import above, check_floor
 
 
-def activation_hoyer(x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Mean over valid tokens of ``||x||_1^2 / (width ||x||_2^2)``.
+def activation_hoyer(x: Tensor, *, mask: Tensor | None = None, floor: float | None = None) -> Tensor:
+    """Mean over valid tokens of ``||x||_1^2 / (width ||x||_2^2)``, of x or of ``max(x, floor) - floor``.
 
     Args:
         x: Activations (..., width).
         mask: Valid positions, True = valid, shape of ``x`` without its last axis.
+        floor: Measure how far ``x`` stands above this, instead of its magnitude.
 
     Returns:
         Scalar in [0, 1], float32 (float64 for float64 input); 0 when no position is valid.
 
     Raises:
-        ValueError: If ``x`` or ``mask`` does not fit.
+        ValueError: If ``floor`` is not finite or ``x`` or ``mask`` does not fit.
 
     Example:
         >>> activation_hoyer(torch.tensor([[0.0, 3.0, 0.0, -3.0]]))
         tensor(0.5000)
     """
-    return hoyer_tap(x, mask=mask)[1]
+    return hoyer_tap(x, mask=mask, floor=floor)[1]
 
 
-def hoyer_tap(x: Tensor, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def hoyer_tap(x: Tensor, *, mask: Tensor | None = None, floor: float | None = None) -> tuple[Tensor, Tensor]:
     """``x`` unchanged, and its Hoyer-square joined to the same autograd node. Arguments as ``activation_hoyer``."""
-    return _Hoyer.apply(check_activations(x), check_token_mask(mask, x))
+    return _Hoyer.apply(check_activations(x), check_token_mask(mask, x), check_floor(floor))
 
 
 class _Hoyer(torch.autograd.Function):
     """One node for the value and its Hoyer-square."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, floor: float | None) -> tuple[Tensor, Tensor]:
         """Return ``x`` and its Hoyer-square."""
         ctx.save_for_backward(x, mask)
+        ctx.floor = floor
         ctx.set_materialize_grads(False)
-        _, _, l1, square = _norms(x)
+        _, _, l1, square = _norms(x, floor)
         return x.view_as(x), valid_sum(l1.square() / (square * max(1, x.shape[-1])), mask) / _tokens(x, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_hoyer: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_hoyer: Tensor | None) -> tuple[Tensor | None, ...]:
         """Add the gradient of the Hoyer-square to that of ``x``."""
         x, mask = ctx.saved_tensors
         if grad_hoyer is not None:
-            unit, scaled, l1, square = _norms(x)
+            unit, scaled, l1, square = _norms(x, ctx.floor)
             strength = grad_hoyer * 2 / (_tokens(x, mask) * max(1, x.shape[-1]))
             per_token = strength * l1 / (square * unit)
             if mask is not None:
@@ -87,12 +95,12 @@ class _Hoyer(torch.autograd.Function):
             # where nothing but the sign is left of a number too small to be squared, and in padding
             pull = pull.masked_fill(per_token == 0, 0.0)
             grad = (pull if grad is None else grad + pull).to(x.dtype)
-        return grad, None
+        return grad, None, None
 
 
-def _norms(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _norms(x: Tensor, floor: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(unit, x / unit, L1, L2 squared)`` of each token, in units of its largest magnitude: nothing overflows."""
-    exact = upcast(x)
+    exact = above(upcast(x), floor)
     unit = exact.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else exact.new_ones(*x.shape[:-1], 1)
     unit = torch.where(unit == 0, 1.0, unit)
     scaled = exact / unit

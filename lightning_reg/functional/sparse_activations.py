@@ -1,15 +1,17 @@
 r"""Activation functions that give exact zeros.
 
 Formula
-    ``relu2(x) = max(0, x)^2``. ``drelu(g, u) = max(0, g) * max(0, u)``. ``fatrelu(x) = x if x > t else 0``; soft,
-    ``max(0, x) * sigmoid(s (x - t))``. ``topk(x)`` keeps the k elements of largest magnitude of each token.
-    ``statistical_topk(x) = max(0, x - mean(x) - std(x) * Phi^-1(p))`` with mean and (population) deviation of each
-    token and the inverse Phi^-1 of the normal distribution, so a share of about p becomes 0 without sorting.
+    ``relu2(x) = max(0, x)^2``. ``shifted_relu(x) = max(0, x - b)``. ``drelu(g, u) = max(0, g) * max(0, u)``.
+    ``fatrelu(x) = x if x > t else 0``; soft, ``max(0, x) * sigmoid(s (x - t))``. ``topk(x)`` keeps the k elements of
+    largest magnitude of each token. ``statistical_topk(x) = max(0, x - mean(x) - std(x) * Phi^-1(p))`` with mean and
+    (population) deviation of each token and the inverse Phi^-1 of the normal distribution, so a share of about p
+    becomes 0 without sorting.
 Source
-    relu2: Primer (So et al. 2021). drelu: TurboSparse (Song et al. 2024, arXiv 2406.05955). fatrelu: Kurtz et al. 2020;
-    ProSparse (arXiv 2402.13516) shifts ReLU to it after training, with t from 0.005 to 0.03. topk: Lazy Neuron (Li et
-    al. 2023, arXiv 2210.06313), with straight-through gradient Q-Sparse (Wang et al. 2024, arXiv 2407.10969).
-    statistical_topk: Spark Transformer (You et al. 2025), Gemma 3n.
+    relu2: Primer (So et al. 2021). shifted_relu: ReLU Strikes Back (Mirzadeh et al. 2023, arXiv 2310.04564). drelu:
+    TurboSparse (Song et al. 2024, arXiv 2406.05955). fatrelu: Kurtz et al. 2020; ProSparse (arXiv 2402.13516) shifts
+    ReLU to it after training, with t from 0.005 to 0.03. topk: Lazy Neuron (Li et al. 2023, arXiv 2210.06313), with
+    straight-through gradient Q-Sparse (Wang et al. 2024, arXiv 2407.10969). statistical_topk: Spark Transformer (You
+    et al. 2025), Gemma 3n.
 Input
     Pre-activations ``x`` of any shape (..., width); top-k takes what an activation gave.
 Unit and range
@@ -42,6 +44,19 @@ def relu2(x: Tensor) -> Tensor:
         tensor([0., 9.])
     """
     return F.relu(x).square()
+
+
+def shifted_relu(x: Tensor, shift: float = 1.0) -> Tensor:
+    """``max(0, x - shift)``, shape of ``x``.
+
+    Raises:
+        ValueError: If ``shift`` is not finite.
+
+    Example:
+        >>> shifted_relu(torch.tensor([-1.0, 1.5]))
+        tensor([0.0000, 0.5000])
+    """
+    return F.relu(x - check_shift(shift))
 
 
 def drelu(gate: Tensor, up: Tensor) -> Tensor:
@@ -133,6 +148,13 @@ def check_fat_threshold(threshold: float | Tensor) -> float | Tensor:
     if not isinstance(threshold, Tensor) and not 0 <= threshold < float("inf"):
         raise ValueError(f"`threshold` must be finite and >= 0, got {threshold}; ProSparse uses 0.005 to 0.03.")
     return threshold
+
+
+def check_shift(shift: float) -> float:
+    """Return ``shift`` or raise a ValueError."""
+    if not -float("inf") < shift < float("inf"):
+        raise ValueError(f"`shift` must be finite, got {shift}.")
+    return shift
 
 
 def check_share(share: float) -> float:

@@ -3,6 +3,17 @@
 from lightning_reg.losses.activation_density import ActivationDensityLoss
 from lightning_reg.losses.activation_hoyer import ActivationHoyerLoss
 from lightning_reg.losses.activation_l1 import ActivationL1Loss
+from lightning_reg.losses.activation_locality import ActivationLocalityLoss
 from lightning_reg.losses.attention_entropy import AttentionEntropyLoss
+from lightning_reg.losses.chunk_density import ChunkDensityLoss
+from lightning_reg.losses.temporal_delta import TemporalDeltaLoss
 
-__all__ = ["ActivationDensityLoss", "ActivationHoyerLoss", "ActivationL1Loss", "AttentionEntropyLoss"]
+__all__ = [
+    "ActivationDensityLoss",
+    "ActivationHoyerLoss",
+    "ActivationL1Loss",
+    "ActivationLocalityLoss",
+    "AttentionEntropyLoss",
+    "ChunkDensityLoss",
+    "TemporalDeltaLoss",
+]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import check_threshold, count_active
+from lightning_reg.functional.activation_density import check_relative, check_threshold, count_active
 from lightning_reg.metrics.base import QuantityMetric
 
 
@@ -13,7 +13,8 @@ class ActivationDensity(QuantityMetric):
     """Share of activations with ``|x| > threshold``, in [0, 1]; with threshold 0 the share of exact non-zeros.
 
     The share is over all valid elements of all updates. GELU and SiLU hardly give exact zeros: choose a threshold for
-    them. ``compute`` gives NaN as long as nothing was valid. A NaN activation counts as non-zero.
+    them, or ``relative=0.01`` for the share above a hundredth of each token's largest magnitude. ``compute`` gives NaN
+    as long as nothing was valid. A NaN activation counts as non-zero, with ``relative`` all of its token does.
 
     As input to ``forward`` and ``update`` the metric accepts:
 
@@ -26,6 +27,7 @@ class ActivationDensity(QuantityMetric):
 
     Args:
         threshold: Magnitude up to which an element counts as zero, >= 0.
+        relative: In place of ``threshold``: a share of the largest magnitude of the element's token, in (0, 1).
         kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
@@ -40,10 +42,12 @@ class ActivationDensity(QuantityMetric):
 
     active: Tensor
     valid: Tensor
+    settings: Tensor
 
-    def __init__(self, *, threshold: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *, threshold: float = 0.0, relative: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.threshold = check_threshold(threshold)
+        self.threshold, self.relative = check_threshold(threshold), check_relative(relative, threshold)
+        self.keep_apart(threshold, relative or 0.0)
         self.add_state("active", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -57,7 +61,7 @@ class ActivationDensity(QuantityMetric):
         Raises:
             ValueError: If ``mask`` does not fit.
         """
-        active, valid = count_active(x, threshold=self.threshold, mask=mask)
+        active, valid = count_active(x, threshold=self.threshold, relative=self.relative, mask=mask)
         self.active = self.active + active
         self.valid = self.valid + valid
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -18,6 +19,14 @@ class QuantityMetric(Metric):
     higher_is_better = None
     full_state_update = False
     plot_lower_bound: float | None = 0.0
+
+    def keep_apart(self, *settings: float) -> None:
+        """Add the settings as a state ``settings``.
+
+        A ``MetricCollection`` lets metrics share their states that are equal after the first batch, as counts at two
+        thresholds may be by chance: both would then count at one of them.
+        """
+        self.add_state("settings", torch.tensor(settings, dtype=torch.float64), dist_reduce_fx="max")
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Plot one value, or a sequence of values over time.

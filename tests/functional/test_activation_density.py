@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_reg.functional import activation_density, exact_density
-from lightning_reg.functional.activation_density import count_active, density_tap
+from lightning_reg.functional import activation_density, chunk_density, exact_chunk_density, exact_density
+from lightning_reg.functional.activation_density import count_active, count_chunks, density_tap
 
 D = {"dtype": torch.float64}
 
@@ -230,6 +230,108 @@ def test_exact_density_has_no_gradient() -> None:
     assert not exact_density(torch.randn(3, 4, requires_grad=True)).requires_grad
 
 
+@pytest.mark.parametrize("relative", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 7)], ids=lambda shape: "x".join(map(str, shape)))
+def test_relative_density_equals_a_loop_over_tokens(shape: tuple[int, ...], relative: float) -> None:
+    x = torch.randn(shape, **D) ** 5
+    rows = np.abs(x.numpy().reshape(-1, shape[-1]))
+    expected = np.mean([[value > relative * max(row) for value in row] for row in rows])
+    assert exact_density(x, relative=relative).item() == pytest.approx(expected)
+
+
+def test_relative_density_is_per_token_and_leaves_zeros_out() -> None:
+    x = torch.tensor([[0.0, 10.0, 1.0, 2.0], [0.0, 0.02, 0.05, 0.1], [0.0, 0.0, 0.0, 0.0]])
+    assert exact_density(x, relative=0.1).item() == pytest.approx((2 + 3) / 12)  # not at a tenth
+    assert exact_density(x * torch.tensor([[1e-3], [1e6], [1.0]]), relative=0.1).item() == pytest.approx(5 / 12)
+    assert exact_density(x, relative=0.1, mask=torch.tensor([True, False, False])).item() == pytest.approx(2 / 4)
+    assert exact_density(torch.zeros(3, 0), relative=0.1) == 0
+
+
+def test_relative_density_in_half_precision_does_not_round_the_limit() -> None:
+    x = torch.tensor([[1.0, 0.10009765625]], dtype=torch.bfloat16)  # a tenth of 1 rounds to just this in bfloat16
+    assert exact_density(x, relative=0.1) == 1
+
+
+def test_relative_density_of_a_token_with_nan_is_one() -> None:
+    assert exact_density(torch.tensor([[math.nan, 0.0], [1.0, 0.0]]), relative=0.1).item() == pytest.approx(3 / 4)
+
+
+# --- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def chunk_reference(x: Tensor, chunk: int, threshold: float, documents: Tensor | None) -> tuple[int, int]:
+    """Unions of sets over chunks, document by document."""
+    documents = torch.ones(x.shape[:-1]).bool() if documents is None else documents
+    active = total = 0
+    for row, marks in zip(x.reshape(-1, *x.shape[-2:]).tolist(), documents.reshape(-1, x.shape[-2]).tolist()):
+        runs: list[list] = []
+        for t, mark in enumerate(marks):
+            if not mark:
+                continue
+            same = bool(runs) if documents.dtype == torch.bool else t > 0 and marks[t - 1] == mark
+            runs = runs if same else [*runs, []]
+            runs[-1].append(row[t])
+        for run in runs:
+            for start in range(0, len(run), chunk):
+                part = run[start : start + chunk]
+                active += sum(any(abs(token[j]) > threshold for token in part) for j in range(x.shape[-1]))
+                total += x.shape[-1]
+    return active, total
+
+
+@pytest.mark.parametrize("kind", ["none", "valid", "ids"])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8, 300])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 11, 5), (2, 2, 1, 3), (2, 9, 1)], ids=lambda s: "x".join(map(str, s)))
+def test_chunks_equal_a_loop(shape: tuple[int, ...], chunk: int, kind: str) -> None:
+    x = (torch.randn(shape) - 0.5).relu()
+    documents = {"none": None, "valid": torch.rand(shape[:-1]) > 0.3, "ids": torch.randint(0, 3, shape[:-1])}[kind]
+    for threshold in (0.0, 0.4):
+        counts = count_chunks(x, chunk=chunk, threshold=threshold, documents=documents)
+        assert tuple(count.item() for count in counts) == chunk_reference(x, chunk, threshold, documents)
+        assert all(count.dtype == torch.int64 for count in counts)
+
+
+def test_hand_worked_chunks() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0], [0.1, 0.0]])
+    assert exact_chunk_density(x, chunk=2).item() == pytest.approx((2 + 0 + 1) / 6)  # the ragged last counts as one
+    assert exact_chunk_density(x, chunk=2, threshold=0.1).item() == pytest.approx(2 / 6)
+    assert exact_chunk_density(x, chunk=5) == 1
+    # [0], [1, 2], [3]: no chunk reaches into another document
+    assert exact_chunk_density(x, chunk=2, documents=torch.tensor([4, 2, 2, 9, 0])).item() == pytest.approx(2 / 6)
+    # left padding: chunks begin with the first valid token
+    assert exact_chunk_density(x, chunk=2, documents=torch.tensor([False, True, True, True, True])).item() == 0.5
+
+
+def test_chunks_of_one_token_give_the_density() -> None:
+    x, valid = torch.randn(3, 7, 5).relu(), torch.rand(3, 7) > 0.4
+    assert exact_chunk_density(x, chunk=1, documents=valid) == exact_density(x, mask=valid)
+
+
+def test_independent_tokens_fill_chunks_as_powers() -> None:
+    x = (torch.rand(8, 400, 64) < 0.1).float()
+    assert exact_chunk_density(x, chunk=8).item() == pytest.approx(1 - 0.9**8, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["none", "valid", "ids"])
+def test_chunks_are_those_of_the_loss(kind: str) -> None:
+    x = (torch.randn(3, 11, 6) - 1).relu() * 1e3
+    documents = {"none": None, "valid": torch.rand(3, 11) > 0.3, "ids": torch.randint(0, 3, (3, 11))}[kind]
+    soft = chunk_density(x, chunk=4, documents=documents, epsilon=1e-7)
+    assert exact_chunk_density(x, chunk=4, documents=documents).item() == pytest.approx(soft.item(), abs=1e-4)
+
+
+def test_no_chunk_has_density_zero() -> None:
+    for x in (torch.ones(3, 0, 4), torch.ones(3, 5, 0), torch.ones(0, 5, 4)):
+        assert exact_chunk_density(x) == 0
+    assert exact_chunk_density(torch.ones(2, 4), documents=torch.zeros(2).bool()) == 0
+
+
+def test_padded_chunks_may_hold_nan() -> None:
+    x = torch.tensor([[0.0, 1.0], [math.nan, math.nan], [0.0, math.nan]])
+    assert exact_chunk_density(x, documents=torch.tensor([True, False, False])) == 0.5
+    assert exact_chunk_density(x) == 1
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 X = torch.zeros(2, 3, 4)
@@ -249,6 +351,17 @@ X = torch.zeros(2, 3, 4)
         (lambda: exact_density(X, mask=torch.ones(2).bool()), r"`mask` .* \(2, 3\), got \(2,\)"),
         (lambda: exact_density(X, threshold=-0.1), "`threshold` must be >= 0, got -0.1"),
         (lambda: exact_density(X, threshold=math.nan), "`threshold` must be >= 0, got nan"),
+        (lambda: exact_density(X, relative=0.0), r"`relative` must be in \(0, 1\), got 0.0. D2DMoE reports"),
+        (lambda: exact_density(X, relative=1.0), r"`relative` must be in \(0, 1\), got 1.0"),
+        (
+            lambda: exact_density(X, relative=0.1, threshold=0.2),
+            "`threshold=0.2` and `relative=0.1` exclude each other",
+        ),
+        (lambda: exact_chunk_density(X, chunk=0), "`chunk` must be .*, got 0"),
+        (lambda: exact_chunk_density(X, threshold=-1.0), "`threshold` must be >= 0, got -1.0"),
+        (lambda: exact_chunk_density(X[0, 0]), r"`x` must be \(..., tokens, width\), got \(4,\)"),
+        (lambda: exact_chunk_density(X, documents=torch.ones(3).long()), r"`documents` .* \(2, 3\), got \(3,\)"),
+        (lambda: exact_chunk_density(X, documents=X[..., 0]), r"`documents` must be boolean .* got torch.float32"),
     ],
 )
 def test_errors_name_the_argument(call, message: str) -> None:

@@ -10,21 +10,23 @@ from torch import Tensor
 from lightning_reg.functional import activation_hoyer
 
 
-def reference(x: Tensor, mask: Tensor | None = None) -> float:
+def reference(x: Tensor, mask: Tensor | None = None, floor: float | None = None) -> float:
     values = x.detach().double().numpy()
+    values = values if floor is None else np.maximum(values, floor) - floor
     values = values.reshape(-1, values.shape[-1]) if mask is None else values[mask.numpy()]
     return float(np.mean([np.abs(row).sum() ** 2 / (len(row) * (row**2).sum()) if row.any() else 0 for row in values]))
 
 
+@pytest.mark.parametrize("floor", [None, -0.07, 0.02], ids=["magnitude", "below", "above"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_value_equals_numpy_in_float64(dtype: torch.dtype, masked: bool) -> None:
+def test_value_equals_numpy_in_float64(dtype: torch.dtype, masked: bool, floor: float | None) -> None:
     x = (torch.randn(3, 5, 7, dtype=torch.float64) * 0.1).to(dtype)
     x[0, 0] = 0
     mask = torch.rand(3, 5) < 0.6 if masked else None
-    got = activation_hoyer(x, mask=mask)
+    got = activation_hoyer(x, mask=mask, floor=floor)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got.item() == pytest.approx(reference(x, mask), rel=1e-12 if dtype == torch.float64 else 1e-6)
+    assert got.item() == pytest.approx(reference(x, mask, floor), rel=1e-12 if dtype == torch.float64 else 2e-6)
 
 
 def test_equal_nonzeros_read_as_a_density() -> None:
@@ -86,8 +88,37 @@ def test_one_step_makes_activations_sparser() -> None:
     assert activation_hoyer(x - 1.0 * grad) < before
 
 
+def test_gradient_with_a_floor_is_that_of_the_formula_and_stops_at_the_floor() -> None:
+    x = (torch.randn(4, 6, dtype=torch.float64) - 1).requires_grad_()
+    mask = torch.tensor([True, True, False, True])
+    rows = x[mask].clamp_min(-1.5) + 1.5
+    formula = (rows.sum(-1).square() / (6 * rows.square().sum(-1))).mean()
+    (wanted,) = torch.autograd.grad(0.7 * formula, x)
+    (got,) = torch.autograd.grad(0.7 * activation_hoyer(x, mask=mask, floor=-1.5), x)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+    assert 0 < (x[mask] <= -1.5).sum() < 18
+    assert got[x <= -1.5].eq(0).all()
+    assert torch.autograd.gradcheck(lambda x: activation_hoyer(x, floor=-1.5), x)
+
+
+def test_equal_heights_above_the_floor_read_as_a_density() -> None:
+    x = torch.full((2, 8), -12.0)
+    x[:, :3] = 1.0
+    assert activation_hoyer(x, floor=-10.0).item() == pytest.approx(3 / 8)
+
+
+def test_an_input_below_its_floor_has_neither_value_nor_gradient() -> None:
+    x = torch.full((2, 3), -20.0, requires_grad=True)
+    hoyer = activation_hoyer(x, floor=-10.0)
+    hoyer.backward()
+    assert hoyer.item() == 0
+    assert x.grad.eq(0).all()
+
+
 def test_bad_input_names_the_argument() -> None:
     with pytest.raises(ValueError, match=r"`x` must be floating point"):
         activation_hoyer(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"`mask` must have the shape of `x` without its last axis"):
         activation_hoyer(torch.ones(2, 3), mask=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"`floor` must be a finite number, or None for the magnitude, got nan"):
+        activation_hoyer(torch.ones(2, 3), floor=float("nan"))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from lightning_reg.functional import drelu, fatrelu, relu2, statistical_topk, topk
+from lightning_reg.functional import drelu, fatrelu, relu2, shifted_relu, statistical_topk, topk
 
 torch.manual_seed(0)
 
@@ -20,6 +20,7 @@ def test_values_are_those_of_the_definitions() -> None:
     x, u = rows(3, 5, 7), rows(3, 5, 7)
     a, b = x.numpy(), u.numpy()
     np.testing.assert_allclose(relu2(x), np.maximum(a, 0) ** 2)
+    np.testing.assert_allclose(shifted_relu(x, 0.4), np.maximum(a - 0.4, 0))
     np.testing.assert_allclose(drelu(x, u), np.maximum(a, 0) * np.maximum(b, 0))
     np.testing.assert_array_equal(fatrelu(x, 0.3), np.where(a > 0.3, a, 0))
     channels = torch.rand(7, dtype=torch.float64)
@@ -103,6 +104,7 @@ def test_not_finite_inputs_stay_visible() -> None:
         (lambda x: fatrelu(x, -0.1), "`threshold` must be finite and >= 0, got -0.1"),
         (lambda x: fatrelu(x, torch.ones(3)), r"have the width of `x`, \(6,\), got \(3,\)"),
         (lambda x: fatrelu(x, 0.1, sharpness=0.0), "`sharpness` must be > 0, got 0"),
+        (lambda x: shifted_relu(x, float("nan")), "`shift` must be finite, got nan"),
         (lambda x: topk(x, 0.0), r"`share` must be in \(0, 1\], the part of the width to keep, got 0"),
         (lambda x: topk(x, 1.5), r"`share` must be in \(0, 1\]"),
         (lambda x: statistical_topk(x, 1.0), r"`sparsity` must be in \(0, 1\), .* got 1"),

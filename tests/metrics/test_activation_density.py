@@ -30,6 +30,15 @@ def test_hand_worked_numbers() -> None:
     assert ActivationDensity(threshold=0.015)(x) == 0.5
 
 
+@pytest.mark.parametrize("relative", [0.1, 0.01, 0.001])
+def test_relative_threshold_is_per_token(relative: float) -> None:
+    batches = [torch.randn(n, 6) ** 3 for n in (1, 10, 3)]
+    metric = ActivationDensity(relative=relative)
+    for x in batches:
+        metric.update(x)
+    torch.testing.assert_close(metric.compute(), exact_density(torch.cat(batches), relative=relative))
+
+
 def test_empty_update_changes_nothing() -> None:
     metric = ActivationDensity()
     metric.update(torch.zeros(0, 4))
@@ -55,6 +64,11 @@ def test_counts_do_not_saturate() -> None:
     ("call", "message"),
     [
         (lambda: ActivationDensity(threshold=-1), "`threshold` must be >= 0, got -1"),
+        (lambda: ActivationDensity(relative=2), r"`relative` must be in \(0, 1\), got 2"),
+        (
+            lambda: ActivationDensity(relative=0.1, threshold=1.0),
+            "`threshold=1.0` and `relative=0.1` exclude each other",
+        ),
         (lambda: ActivationDensity().update(torch.ones(2, 3), torch.ones(3).bool()), r"`mask` .* got \(3,\)"),
         (lambda: ActivationDensity().update(torch.ones(2, 3), torch.ones(2)), "`mask` must be boolean or 0/1 integers"),
     ],

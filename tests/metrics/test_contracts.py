@@ -13,7 +13,16 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_reg.metrics import ActivationDensity, AttentionEntropy, SpectralNorm
+from lightning_reg.metrics import (
+    CETT,
+    ActivationDensity,
+    AttentionEntropy,
+    ChunkDensity,
+    DeadNeurons,
+    ReuseRatio,
+    SpectralNorm,
+    WeightSparsity,
+)
 
 Make = Callable[[], Metric]
 Updates = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -37,8 +46,22 @@ def _activations() -> Updates:
     return [((torch.randn(n, 6).relu(),), {"mask": torch.rand(n) > 0.3}) for n in (4, 1, 7, 3)]
 
 
+def _sequences() -> Updates:
+    shapes = [(2, 5), (1, 9), (3, 1), (2, 4)]
+    return [((torch.randn(*shape, 6).relu(),), {"documents": torch.randint(0, 3, shape)}) for shape in shapes]
+
+
+def _projections() -> Updates:
+    weight = torch.randn(3, 6)
+    return [((torch.randn(n, 6).relu(), weight.clone()), {"mask": torch.arange(n) != 1}) for n in (4, 1, 7, 3)]
+
+
 def _weights() -> Updates:
     return [((torch.randn(4, 6),), {}) for _ in range(4)]
+
+
+def _sparse_weights() -> Updates:
+    return [((torch.randn(n, 6).relu(),), {}) for n in (4, 1, 7, 3)]
 
 
 CASES: dict[str, tuple[Make, Callable[[], Updates]]] = {
@@ -48,7 +71,14 @@ CASES: dict[str, tuple[Make, Callable[[], Updates]]] = {
     "entropy_scores": (lambda: AttentionEntropy("scores", top_k=3), _scores),
     "density": (ActivationDensity, _activations),
     "density_threshold": (lambda: ActivationDensity(threshold=0.5), _activations),
+    "density_relative": (lambda: ActivationDensity(relative=0.1), _activations),
+    "chunk_density": (lambda: ChunkDensity(chunk=3), _sequences),
+    "reuse_ratio": (ReuseRatio, _sequences),
+    "dead_neurons": (lambda: DeadNeurons(threshold=0.8), _activations),
+    "cett": (CETT, _projections),
+    "cett_thresholds": (lambda: CETT([0.5, 1.5]), _projections),
     "spectral": (SpectralNorm, _weights),
+    "sparsity": (WeightSparsity, _sparse_weights),
     "spectral_weights": (lambda: SpectralNorm(num_weights=1), _weights),
 }
 ALL = pytest.mark.parametrize("case", CASES)
@@ -194,6 +224,29 @@ def test_collections_pass_each_its_arguments() -> None:
     result = collection(query, key, is_causal=True)
     assert set(result) == {"mean", "nats"}
     torch.testing.assert_close(result["mean"], AttentionEntropy()(query, key, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "batches"),
+    [
+        (ActivationDensity(), ActivationDensity(threshold=0.5), [torch.ones(2, 4), torch.full((2, 4), 0.1)]),
+        (ActivationDensity(), ActivationDensity(relative=0.5), [torch.ones(2, 4), torch.arange(8.0).view(2, 4) + 1]),
+        (ChunkDensity(2), ChunkDensity(3), [torch.ones(2, 4), torch.eye(3)]),
+        (ChunkDensity(), ChunkDensity(threshold=0.5), [torch.ones(2, 4), torch.full((2, 4), 0.1)]),
+        (ReuseRatio(), ReuseRatio(threshold=0.5), [torch.ones(2, 4), torch.tensor([[0.1], [1.0]])]),
+        (DeadNeurons(), DeadNeurons(threshold=0.5), [torch.zeros(2, 4), torch.full((2, 4), 0.1)]),
+    ],
+)
+def test_collections_do_not_share_what_looks_alike_in_the_first_batch(
+    first: Metric, second: Metric, batches: list[Tensor]
+) -> None:
+    collection = MetricCollection({"first": first.clone(), "second": second.clone()})
+    for x in batches:
+        for metric in (collection, first, second):
+            metric.update(x)
+    expected = {"first": first.compute(), "second": second.compute()}
+    torch.testing.assert_close(collection.compute(), expected, equal_nan=True)
+    assert expected["first"] != expected["second"]
 
 
 def _worker(rank: int, folder: str) -> None:
