@@ -27,7 +27,7 @@ from lightning_reg.metrics import ActivationDensity, DeadNeurons
 
 FIELDS = ("seed", "arm", "strength", "loss", "density", "shifted_loss", "shifted_density", "dead", "seconds", "steps")
 
-OmegaConf.register_new_resolver("div", lambda a, b: a / b, replace=True)
+OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="sparsity")

@@ -11,7 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-HEADER = ("arm", "strength", "loss", "density", "loss, shifted", "density, shifted", "dead neurons", "time")
+HEADER = (
+    "arm",
+    "strength",
+    "loss",
+    "loss - relu",
+    "density",
+    "loss - relu, shifted",
+    "density, shifted",
+    "dead neurons",
+)
 
 
 def write_results(paths: Sequence[Path], info: Mapping[str, Any]) -> Path:
@@ -31,18 +40,28 @@ def write_results(paths: Sequence[Path], info: Mapping[str, Any]) -> Path:
 
 
 def summarise(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """A line for each arm and strength: mean and deviation over seeds; time relative to plain ReLU."""
+    """A line for each arm and strength: mean and deviation over seeds; differences to plain ReLU of the same seed."""
     groups: dict[tuple[str, float], list[Mapping[str, str]]] = defaultdict(list)
     for row in rows:
         groups[row["arm"], float(row["strength"])].append(row)
-    seconds = {row["seed"]: float(row["seconds"]) for row in rows if row["arm"] == "relu"}
+    base = {row["seed"]: float(row["loss"]) for row in rows if row["arm"] == "relu"}
+    order = list(dict.fromkeys(row["arm"] for row in rows))
     table = []
-    for (arm, strength), group in groups.items():
-        ratios = [float(row["seconds"]) / seconds[row["seed"]] for row in group if row["seed"] in seconds]
+    for arm, strength in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
+        group = groups[arm, strength]
+
+        def spread(key: str, digits: int, scale: float = 1.0, relative: bool = False, group: Any = group) -> str:
+            values = [
+                scale * (float(row[key]) - (base[row["seed"]] if relative else 0.0))
+                for row in group
+                if row[key] != "" and (not relative or row["seed"] in base)
+            ]
+            return _spread(values, digits, " %" if scale == 100 else "", "+" if relative else "")
+
         table.append((
-            arm, f"{strength:g}" if strength else "", _spread(group, "loss", 4), _spread(group, "density", 1, 100),
-            _spread(group, "shifted_loss", 4), _spread(group, "shifted_density", 1, 100),
-            _spread(group, "dead", 1, 100), f"x{statistics.median(ratios):.2f}" if ratios else "",
+            arm, f"{strength:g}" if strength else "", spread("loss", 4), spread("loss", 4, relative=True),
+            spread("density", 1, 100), spread("shifted_loss", 4, relative=True), spread("shifted_density", 1, 100),
+            spread("dead", 1, 100),
         ))  # fmt: skip
     return table
 
@@ -74,13 +93,11 @@ def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     plt.close(figure)
 
 
-def _spread(group: Sequence[Mapping[str, str]], key: str, digits: int, scale: float = 1.0) -> str:
-    values = [scale * float(row[key]) for row in group if row[key] != ""]
+def _spread(values: Sequence[float], digits: int, unit: str, sign: str) -> str:
     if not values:
         return ""
-    unit = " %" if scale == 100 else ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}{unit}"
+    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}{unit}"
 
 
 def _read(path: Path) -> list[dict[str, str]]:

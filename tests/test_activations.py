@@ -205,8 +205,8 @@ def test_folded_threshold_cuts_as_the_trained_one(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    ["relu", "relu2", "shifted_relu", "fatrelu", "topk", "statistical_topk", FATReLU(torch.rand(32)), FATReLU(0.2, sharpness=30.0),
-     TopK(0.3, straight_through=False), StatisticalTopK(0.7)],
+    ["relu", "relu2", "shifted_relu", "fatrelu", "topk", "statistical_topk", FATReLU(torch.rand(32)),
+     FATReLU(0.2, sharpness=30.0), TopK(0.3, straight_through=False), StatisticalTopK(0.7)],
     ids=lambda value: value if isinstance(value, str) else repr(value),
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["attribute", "gated", "encoder"])

@@ -17,16 +17,16 @@ class PythonDocs(pl.LightningDataModule):
     """Windows of bytes at random places; whole files are held out, so nothing validated was trained on.
 
     Args:
+        seed: Of the places.
         length: Bytes of a window; a batch has one more, the last target.
         batch_size: Windows in a batch.
         steps: Batches to draw in an epoch.
-        seed: Of the places.
         val_batches: Batches of the held-out files, always the same.
         root: Folder with the files ``*.rst.txt``, or one text file whose end is held out.
     """
 
     def __init__(
-        self, length: int = 256, batch_size: int = 64, steps: int = 1000, seed: int = 0, val_batches: int = 32,
+        self, seed: int, *, length: int = 256, batch_size: int = 64, steps: int = 1000, val_batches: int = 32,
         root: str = str(DEBIAN),
     ) -> None:  # fmt: skip
         super().__init__()

@@ -4,27 +4,11 @@
 
 from typing import Any
 
-from torch import Tensor
-from typing_extensions import override
-
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import HiddenRegularizer, Role
+from lightning_reg.callbacks.regularizer import Role, SequenceRegularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationLocalityLoss
 from lightning_reg.schedules import Schedule
-
-
-class SequenceRegularizer(HiddenRegularizer):
-    """A penalty that looks at neighbouring tokens, so that it must know where documents end. Arguments as its base."""
-
-    @override
-    def batch_mask(self, batch: Any) -> Tensor | None:
-        """Valid tokens of a batch, or its document numbers where the mask holds integers."""
-        valid = super().batch_mask(batch)
-        if valid is None or self.mask is None:
-            return None
-        documents = self.mask(batch) if callable(self.mask) else batch[self.mask]
-        return valid if documents.is_floating_point() else documents
 
 
 class ActivationLocalityRegularizer(SequenceRegularizer):

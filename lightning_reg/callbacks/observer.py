@@ -66,4 +66,8 @@ class Observer:
             ) from error
         if not isinstance(mask, Tensor):
             raise ValueError(f"`mask={self.mask!r}` must select a tensor, got {type(mask).__name__}.")
+        return self.as_mask(mask)
+
+    def as_mask(self, mask: Tensor) -> Tensor:
+        """What the batch holds, as ``see_attention`` and ``see_activations`` take it."""
         return mask.bool()

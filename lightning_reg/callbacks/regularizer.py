@@ -240,6 +240,15 @@ class HiddenRegularizer(Regularizer):
         check_hidden_fired(self.name, taps)
 
 
+class SequenceRegularizer(HiddenRegularizer):
+    """A penalty that looks at neighbouring tokens: its ``mask`` may hold document numbers. Arguments as its base."""
+
+    @override
+    def as_mask(self, mask: Tensor) -> Tensor:
+        """Document numbers as they are; a mask in floating point as booleans."""
+        return mask.bool() if mask.is_floating_point() else mask
+
+
 def log_values(pl_module: pl.LightningModule, engine: Engine) -> None:
     """Log every regularizer's values with one copy from the device.
 

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from lightning_reg.callbacks.activation_locality import SequenceRegularizer
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import Role
+from lightning_reg.callbacks.regularizer import Role, SequenceRegularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import TemporalDeltaLoss
 from lightning_reg.schedules import Schedule

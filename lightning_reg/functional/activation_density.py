@@ -30,6 +30,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_reg.functional._tokens import (
+    at_least_one,
+    check_activations,
+    check_documents,
+    check_token_mask,
+    check_tokens,
+    upcast,
+    valid_count,
+    valid_sum,
+)
+
 SMALLEST_EPSILON = (
     1e-30  # keeps 1 / epsilon, times a loss scale, finite in float32; an all-zero input has no other scale
 )
@@ -142,7 +153,8 @@ def count_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Numbers of active and of all pairs (chunk, neuron), int64 scalars. Arguments as ``exact_chunk_density``."""
     check_chunk(chunk)
-    documents = check_documents(documents, x)
+    documents = check_documents(documents, check_tokens(x))
+    documents = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if documents is None else documents
     active = is_active(x, threshold=threshold).logical_and_(documents.bool().unsqueeze(-1))
     starts = _chunk_starts(documents, chunk).flatten()
     number = (starts.cumsum(0) - 1).clamp_min_(0)
@@ -213,26 +225,6 @@ def _spread(x: Tensor, inverse: float | Tensor) -> Tensor:
     return torch.addcmul(x.new_ones(()), x, x, value=inverse)
 
 
-def valid_count(x: Tensor, mask: Tensor | None) -> int | Tensor:
-    """Number of valid elements."""
-    return x.numel() if mask is None else mask.sum() * x.shape[-1]
-
-
-def at_least_one(count: int | Tensor) -> int | Tensor:
-    """A number to divide by."""
-    return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
-
-
-def valid_sum(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of the valid elements, whatever the others hold."""
-    return x.sum() if mask is None else torch.where(mask, x.sum(-1, keepdim=True), 0.0).sum()
-
-
-def upcast(x: Tensor) -> Tensor:
-    """``x`` in float32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def check_epsilon(epsilon: float) -> float:
     """Return ``epsilon`` or raise a ValueError."""
     if not 0 < epsilon < math.inf:
@@ -264,42 +256,3 @@ def check_chunk(chunk: int) -> int:
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"`chunk` must be an integer >= 1, the tokens in a chunk, got {chunk}.")
     return chunk
-
-
-def check_documents(documents: Tensor | None, x: Tensor) -> Tensor:
-    """``documents`` (..., tokens) for ``x`` (..., tokens, width), all True without, or raise a ValueError."""
-    if x.dim() < 2:
-        raise ValueError(f"`x` must be (..., tokens, width), got {tuple(x.shape)}: neighbouring tokens are needed.")
-    if documents is None:
-        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    if documents.shape != x.shape[:-1]:
-        raise ValueError(
-            "`documents` must have the shape of `x` without its last axis, "
-            f"{tuple(x.shape[:-1])}, got {tuple(documents.shape)}."
-        )
-    if documents.is_floating_point() or documents.is_complex():
-        raise ValueError(
-            "`documents` must be boolean (True = valid) or integers (0 = padding, equal neighbours = same document), "
-            f"got {documents.dtype}; use `documents.bool()` or `.long()`."
-        )
-    return documents
-
-
-def check_activations(x: Tensor) -> Tensor:
-    """Return ``x`` or raise a ValueError."""
-    if not torch.is_floating_point(x) or x.dim() == 0:
-        raise ValueError(f"`x` must be floating point of shape (..., width), got {tuple(x.shape)} {x.dtype}.")
-    return x
-
-
-def check_token_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return ``mask`` as (..., 1) for ``x`` (..., width), or raise a ValueError."""
-    if mask is None:
-        return None
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(
-            f"`mask` must have the shape of `x` without its last axis, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}."
-        )
-    if torch.is_floating_point(mask):
-        raise ValueError(f"`mask` must be boolean or 0/1 integers (True = valid), got {mask.dtype}; use `mask.bool()`.")
-    return mask.bool().unsqueeze(-1)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import (
+from lightning_reg.functional._tokens import (
     at_least_one,
     check_activations,
     check_token_mask,

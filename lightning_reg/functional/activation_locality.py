@@ -35,9 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import (
+from lightning_reg.functional._tokens import (
     at_least_one,
-    check_activations,
+    check_documents,
+    check_tokens,
+    join,
+    neighbours,
+    split,
     upcast,
     valid_count,
     valid_sum,
@@ -97,53 +101,6 @@ class _Locality(torch.autograd.Function):
             pull = join(on - target, -earlier * target * (1 - target), pairs, x.shape[-2]) * strength
             grad = (pull if grad is None else grad + pull).to(x.dtype)
         return grad, None, None
-
-
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The earlier and the later token of each pair of neighbours, each (..., tokens - 1, width)."""
-    return x[..., :-1, :], x[..., 1:, :]
-
-
-def join(earlier: Tensor, later: Tensor, pairs: Tensor | None, tokens: int) -> Tensor:
-    """Counterpart of ``split``, a sum where two pairs share a token; pairs that do not count give 0."""
-    if pairs is not None:
-        earlier, later = earlier.masked_fill(~pairs, 0.0), later.masked_fill(~pairs, 0.0)
-    return (F.pad(earlier, (0, 0, 0, 1)) + F.pad(later, (0, 0, 1, 0)))[..., :tokens, :]
-
-
-def neighbours(documents: Tensor | None) -> Tensor | None:
-    """Whether each token and the next are of the same document, (..., tokens - 1, 1); None when all are."""
-    if documents is None:
-        return None
-    earlier, later = documents[..., :-1], documents[..., 1:]
-    return ((earlier == later) & later.bool()).unsqueeze(-1)
-
-
-def check_tokens(x: Tensor) -> Tensor:
-    """Return ``x`` or raise a ValueError."""
-    if check_activations(x).dim() < 2:
-        raise ValueError(
-            f"`x` must have an axis of tokens before the last, (..., tokens, width), got {tuple(x.shape)}. Use "
-            "`targets=` to leave out what does not run on sequences."
-        )
-    return x
-
-
-def check_documents(documents: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return ``documents`` or raise a ValueError."""
-    if documents is None:
-        return None
-    if documents.shape != x.shape[:-1]:
-        raise ValueError(
-            f"`documents` must have the shape of `x` without its last axis, {tuple(x.shape[:-1])}, got "
-            f"{tuple(documents.shape)}."
-        )
-    if documents.is_floating_point() or documents.is_complex():
-        raise ValueError(
-            "`documents` must be boolean (True = valid) or integers (0 = padding, equal neighbours = same document), "
-            f"got {documents.dtype}; use `documents.bool()` or `.long()`."
-        )
-    return documents
 
 
 def check_alpha(alpha: float) -> float:

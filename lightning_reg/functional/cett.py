@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import check_activations, check_token_mask
+from lightning_reg.functional._tokens import check_activations, check_token_mask
 
 
 class Tail(NamedTuple):

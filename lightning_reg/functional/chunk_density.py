@@ -43,16 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import (
-    SMALLEST_EPSILON,
-    at_least_one,
-    check_chunk,
-    check_epsilon,
-    upcast,
-    valid_count,
-    valid_sum,
-)
-from lightning_reg.functional.activation_locality import check_documents, check_tokens
+from lightning_reg.functional._tokens import at_least_one, check_documents, check_tokens, upcast, valid_count, valid_sum
+from lightning_reg.functional.activation_density import SMALLEST_EPSILON, check_chunk, check_epsilon
 
 Probability = Literal["density", "share"]
 DELTA = 1e-5  # of the public code, in the logarithm and in the share

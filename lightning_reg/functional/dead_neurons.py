@@ -24,7 +24,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import check_token_mask, is_active
+from lightning_reg.functional._tokens import check_token_mask
+from lightning_reg.functional.activation_density import is_active
 
 
 def dead_neurons(x: Tensor, *, threshold: float = 0.0, mask: Tensor | None = None) -> Tensor:

@@ -24,7 +24,8 @@ Not together with
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import check_documents, is_active
+from lightning_reg.functional._tokens import check_documents, check_tokens, neighbours, split
+from lightning_reg.functional.activation_density import is_active
 
 
 def reuse_ratio(x: Tensor, *, threshold: float = 0.0, documents: Tensor | None = None) -> Tensor:
@@ -52,8 +53,7 @@ def reuse_ratio(x: Tensor, *, threshold: float = 0.0, documents: Tensor | None =
 
 def count_reuse(x: Tensor, *, threshold: float = 0.0, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Numbers of active neurons that were active before, and of all with a token before, int64 scalars."""
-    documents = check_documents(documents, x)
-    active = is_active(x, threshold=threshold)
-    neighbours = (documents[..., 1:] == documents[..., :-1]) & (documents[..., 1:].bool())
-    following = active[..., 1:, :] & neighbours.unsqueeze(-1)
-    return torch.logical_and(active[..., :-1, :], following).sum(), following.sum()
+    pairs = neighbours(check_documents(documents, check_tokens(x)))
+    before, following = split(is_active(x, threshold=threshold))
+    following = following if pairs is None else following & pairs
+    return torch.logical_and(before, following).sum(), following.sum()

@@ -34,14 +34,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.activation_density import (
-    SMALLEST_EPSILON,
+from lightning_reg.functional._tokens import (
     at_least_one,
+    check_documents,
+    check_tokens,
+    join,
+    neighbours,
+    split,
     upcast,
     valid_count,
     valid_sum,
 )
-from lightning_reg.functional.activation_locality import check_documents, check_tokens, join, neighbours, split
+from lightning_reg.functional.activation_density import SMALLEST_EPSILON
 
 
 def temporal_delta(

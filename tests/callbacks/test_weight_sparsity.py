@@ -113,6 +113,12 @@ def test_masks_are_updated_every_so_often_and_once_more_at_the_end() -> None:
     assert seen == [round(share * n) for share in (0, 0, 0.3, 0.3, 0.3, 0.6, 0.6, 0.8, 0.8, 0.8)]
 
 
+def test_updates_are_counted_from_the_begin() -> None:
+    n = size(tiny.Tiny(batches=10))
+    seen = trajectory(WeightSparsity(0.8, schedule="linear", begin=1, end=9, every=4), tiny.Tiny(batches=10))
+    assert seen == [round(share * n) for share in (0, 0, 0, 0, 0.4, 0.4, 0.4, 0.4, 0.8, 0.8)]
+
+
 def test_schedule_that_ends_with_the_training_ends_at_the_target() -> None:
     module = tiny.Tiny()
     tiny.fit(module, [WeightSparsity(0.9, end=1.0, every=5)])
@@ -484,7 +490,7 @@ class OneBackward(tiny.Tiny):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         blocks = [list(block.parameters()) for block in self.net.blocks]
-        groups = blocks if self.count == 2 else [sum(blocks, [])]
+        groups = blocks if self.count == 2 else [[*blocks[0], *blocks[1]]]
         return [torch.optim.SGD(group, lr=0.05, momentum=0.5) for group in groups]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -9,12 +9,15 @@ from tests.conf.configs import CONF, PRESETS, compose, options, presets, repeate
 
 GROUPS = ("data", "model", "trainer", "logger", "experiment", "debug")
 CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
+# a language model reads text, the others images
+TOGETHER = {"data=python_docs": ["model=llama"], "model=llama": ["data=python_docs"]}
 FILES = sorted([*CONF.rglob("*.yaml"), *PRESETS.glob("*.yaml")])
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_names_only_arguments_that_exist(choice: str) -> None:
-    config = compose("experiment=quickstart", choice) if not choice.startswith("experiment") else compose(choice)
+    experiment = [] if choice.startswith("experiment") else ["experiment=quickstart", *TOGETHER.get(choice, [])]
+    config = compose(*experiment, choice)
     checked = list(targets(config))
     assert {path for path, node in checked if unknown_keys(node)} == set()
     assert len(checked) > 5
@@ -22,7 +25,7 @@ def test_every_choice_names_only_arguments_that_exist(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_no_choice_repeats_a_default(choice: str) -> None:
-    experiment = [] if choice.startswith("experiment") else ["experiment=quickstart"]
+    experiment = [] if choice.startswith("experiment") else ["experiment=quickstart", *TOGETHER.get(choice, [])]
     repeated = {path: keys for path, node in targets(compose(*experiment, choice)) if (keys := repeated_defaults(node))}
     # these undo what a preset or another experiment says
     undone = {".callbacks.aem": {"normalize"}, ".trainer": {"accelerator"}}

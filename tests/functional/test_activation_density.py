@@ -359,7 +359,7 @@ X = torch.zeros(2, 3, 4)
         ),
         (lambda: exact_chunk_density(X, chunk=0), "`chunk` must be .*, got 0"),
         (lambda: exact_chunk_density(X, threshold=-1.0), "`threshold` must be >= 0, got -1.0"),
-        (lambda: exact_chunk_density(X[0, 0]), r"`x` must be \(..., tokens, width\), got \(4,\)"),
+        (lambda: exact_chunk_density(X[0, 0]), r"`x` must have an axis of tokens before the last, .*, got \(4,\)"),
         (lambda: exact_chunk_density(X, documents=torch.ones(3).long()), r"`documents` .* \(2, 3\), got \(3,\)"),
         (lambda: exact_chunk_density(X, documents=X[..., 0]), r"`documents` must be boolean .* got torch.float32"),
     ],

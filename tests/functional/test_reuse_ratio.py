@@ -71,7 +71,7 @@ def test_padding_may_hold_nan() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: reuse_ratio(torch.ones(3)), r"`x` must be \(..., tokens, width\), got \(3,\)"),
+        (lambda: reuse_ratio(torch.ones(3)), r"`x` must have an axis of tokens before the last, .*, got \(3,\)"),
         (lambda: reuse_ratio(torch.ones(2, 3), threshold=-1.0), "`threshold` must be >= 0, got -1.0"),
         (lambda: reuse_ratio(torch.ones(2, 3), documents=torch.ones(3).long()), r"`documents` .* \(2,\), got \(3,\)"),
         (
