@@ -29,6 +29,7 @@ from lightning_reg.functional.sparse_activations import (
     topk,
 )
 
+_CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # of Hugging Face
 _SMOOTH_PROBE = torch.linspace(-4.0, 4.0, 401, dtype=torch.float64)
 
 
@@ -270,7 +271,9 @@ def restore_activations(model: nn.Module) -> list[str]:
 def fold_activations(model: nn.Module) -> nn.Module:
     """Leave plain torch activations in place of the substituted ones, and forget what was there before.
 
-    A FATReLU with one threshold becomes ``nn.Threshold``, which gives the same bits; ReLU is plain already.
+    A FATReLU with one threshold becomes ``nn.Threshold``, which gives the same bits; ReLU is plain already. Where every
+    MLP of a Hugging Face model now has ReLU, its ``config`` says so, and ``save_pretrained`` keeps it; it has no name
+    for a threshold.
 
     Returns:
         The model itself.
@@ -288,6 +291,8 @@ def fold_activations(model: nn.Module) -> nn.Module:
         )
     for place in places:
         place.put(_plain(place.value))
+    if places:
+        _name_relu_in_configs(model)
     return model
 
 
@@ -468,6 +473,17 @@ def _foldable(module: nn.Module) -> bool:
 def _plain(module: nn.Module) -> nn.Module:
     plain = nn.ReLU() if type(module) is nn.ReLU else nn.Threshold(module.number, 0.0)  # type: ignore[arg-type]
     return plain.train(module.training)
+
+
+def _name_relu_in_configs(model: nn.Module) -> None:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        named = [key for key in _CONFIG_KEYS if isinstance(getattr(config, key, None), str)]
+        mlps = capture.find_mlps(module) if named else []
+        values = [capture.attribute(module, path) for mlp in mlps for path in mlp.activations]
+        if values and all(type(value) is nn.ReLU for value in values):
+            for key in named:
+                setattr(config, key, "relu")
 
 
 def _torch_fast_path(value: Any) -> int:

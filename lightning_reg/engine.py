@@ -514,7 +514,7 @@ class regularize:
             raise RuntimeError("the model is already regularized; leave the other `regularize` block or Trainer first.")
         try:
             for callback in self.callbacks:
-                callback.attach(self.model)
+                callback.attach(self.model, self.total_steps)
         except BaseException:
             self.__exit__(None, None, None)
             raise

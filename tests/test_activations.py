@@ -194,6 +194,19 @@ def test_folded_model_is_plain_and_gives_the_same_bits(name: str, activation: st
     assert b"lightning_reg" not in buffer.getvalue()
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_folded_hugging_face_model_is_saved_with_its_activation(name: str, tmp_path: Any) -> None:
+    model, x = make(name)
+    substitute_activations(model, "relu")
+    fold_activations(model).save_pretrained(tmp_path)
+    assert torch.equal(run(type(model).from_pretrained(tmp_path).eval(), x), run(model, x))
+    shifted, _ = make(name)
+    named = {key: getattr(shifted.config, key, None) for key in ("hidden_act", "activation_function")}
+    substitute_activations(shifted, FATReLU(0.1))
+    fold_activations(shifted)
+    assert {key: getattr(shifted.config, key, None) for key in named} == named  # there is no name for it
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_folded_threshold_cuts_as_the_trained_one(dtype: torch.dtype) -> None:
     model = Plain()

@@ -15,11 +15,16 @@ from lightning_reg.callbacks import (
     ActivationDensityRegularizer,
     ActivationHoyerRegularizer,
     ActivationL1Regularizer,
+    ActivationLocalityRegularizer,
     AttentionEntropyRegularizer,
+    ChunkDensityRegularizer,
+    ProgressiveSparsity,
     SigmaReparam,
+    TemporalDeltaRegularizer,
+    WeightSparsity,
 )
 from lightning_reg.engine import Engine
-from lightning_reg.schedules import Cosine, Linear
+from lightning_reg.schedules import Cosine, Linear, TargetController
 from tests import tiny
 from tests.test_engine import DIFFERENT, assert_untouched
 
@@ -33,12 +38,28 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     "activation_density": lambda weight=1.0, **kwargs: ActivationDensityRegularizer(weight, epsilon=0.01, **kwargs),
     "activation_l1": lambda weight=1.0, **kwargs: ActivationL1Regularizer(weight, relative=True, **kwargs),
     "activation_hoyer": lambda weight=1.0, **kwargs: ActivationHoyerRegularizer(weight, **kwargs),
+    "before_activation": lambda weight=1.0, **kwargs: ActivationHoyerRegularizer(
+        weight, **{"name": "before_activation", **kwargs}, role="mlp_pre_activation"
+    ),
+    "chunk_density": lambda weight=1.0, **kwargs: ChunkDensityRegularizer(
+        weight, chunk=2, epsilon=0.5, relative=True, **kwargs
+    ),
+    "activation_locality": lambda weight=1.0, **kwargs: ActivationLocalityRegularizer(weight, alpha=4.0, **kwargs),
+    "temporal_delta": lambda weight=1.0, **kwargs: TemporalDeltaRegularizer(weight, relative=True, **kwargs),
 }
 ALL: dict[str, Callable[[], list[Any]]] = {
     **{name: lambda make=make: [make()] for name, make in CALLBACKS.items()},
     "scheduled": lambda: [CALLBACKS["attention_entropy"](schedule=Cosine()), CALLBACKS["activation_density"]()],
     "sigma_reparam": lambda: [SigmaReparam()],
-    "together": lambda: [SigmaReparam(), *(make(name=name) for name, make in CALLBACKS.items())],
+    "progressive": lambda: [ProgressiveSparsity([(2, 0.0), (4, 0.5), (8, 2.0)], substitute=None)],
+    "controlled": lambda: [CALLBACKS["attention_entropy"](schedule=TargetController(0.9, quantity="value"))],
+    "weight_sparsity": lambda: [WeightSparsity(0.7)],
+    "rigl": lambda: [WeightSparsity(0.7, method="rigl", schedule="constant", every=2)],
+    "together": lambda: [
+        SigmaReparam(),
+        WeightSparsity(0.5),
+        *(make(name=name) for name, make in CALLBACKS.items()),
+    ],
 }
 
 
@@ -114,7 +135,8 @@ def test_value_weight_weighted_and_layers_are_logged(name: str, tmp_path: Path) 
     trainer.fit(tiny.Tiny())
     logger.save()
     header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    site = "net.blocks.0.fc2" if "activation" in name else "net.blocks.0.attention"
+    before = name in ("before_activation", "activation_locality")
+    site = f"net.blocks.0.{'attention' if 'entropy' in name else 'fc1' if before else 'fc2'}"
     wanted = {f"reg/{callback.name}/{key}" for key in ("value", "weight", "weighted", f"layers/{site}")}
     assert wanted <= set(header.split(","))
     column = header.split(",").index(f"reg/{callback.name}/weight")
@@ -181,7 +203,7 @@ def test_schedule_must_be_callable() -> None:
         ("attention_mask", "`mask='attention_mask'` is not in the batch, a list"),
         (7, "`mask=7` is not in the batch"),
         (lambda batch: [1], "must select a tensor, got list"),
-        (lambda batch: torch.ones(4, 9), r"`mask` must"),
+        (lambda batch: torch.ones(4, 9), r"`mask`"),
     ],
     ids=["key", "index", "no_tensor", "shape"],
 )

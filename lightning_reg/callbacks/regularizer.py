@@ -93,8 +93,9 @@ class Regularizer(Observer, Callback):
 
     # --- without a Trainer ---
 
-    def attach(self, model: nn.Module) -> None:
-        """Register with the engine of ``model``."""
+    def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
+        """Register with the engine of ``model``; ``total_steps`` are those of the whole training."""
+        self.total_steps = total_steps
         engine = Engine.of(model)
         if self.control is not None and self not in engine.taps:
             self.control.begin(model)
@@ -120,9 +121,9 @@ class Regularizer(Observer, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach: here the model exists, however it was built."""
         self._check_checkpoint()
-        self.attach(pl_module)
+        self.attach(pl_module, _total_steps(trainer, self.schedule))
         Engine.of(pl_module).wrap(pl_module)
-        self.update_strength(trainer.global_step, _total_steps(trainer, self.schedule))
+        self.update_strength(trainer.global_step, self.total_steps)
         for logger in trainer.loggers:
             logger.log_hyperparams({f"reg/{self.name}/{key}": value for key, value in self.hyperparameters().items()})
 

@@ -30,10 +30,10 @@ class SubstitutesActivations(Callback):
     _trained = False
     _record: Mapping[str, Any] = MappingProxyType({})  # from a checkpoint
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
         """Substitute. No-op where it is done."""
         self._substitute(model)
-        getattr(super(), "attach", lambda _: None)(model)
+        getattr(super(), "attach", lambda *_: None)(model, total_steps)
 
     def _substitute(self, model: nn.Module) -> None:
         if self._substituted is not model:
@@ -112,7 +112,7 @@ class ActivationSubstitution(SubstitutesActivations):
     ``lightning_reg.activations.restore_activations`` puts the old ones back, ``fold_activations`` leaves plain torch
     modules. Checkpoints keep their plain keys and hold a record of the substitutes: a Trainer with this callback puts
     them in place before it validates, tests or predicts, and ``load_activations(model, checkpoint)`` does so without
-    one.
+    one. ``save_pretrained`` of Hugging Face writes the old activation unless the model was folded.
 
     Args:
         activation: ``"relu"``, ``"relu2"``, ``"shifted_relu"``, ``"drelu"``, ``"fatrelu"``, ``"topk"``,

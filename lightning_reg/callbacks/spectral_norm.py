@@ -158,7 +158,7 @@ class SigmaReparam(Callback):
 
     # --- without a Trainer ---
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
         """Reparametrize ``model``; build the optimizer afterwards, its ``parameters()`` then hold the gains."""
         reparam.apply_sigma_reparam(model, targets=self.targets, init=self.init, fused_qkv=self.fused_qkv)
 

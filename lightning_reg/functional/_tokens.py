@@ -82,7 +82,7 @@ def check_documents(documents: Tensor | None, x: Tensor) -> Tensor | None:
     if documents.shape != x.shape[:-1]:
         raise ValueError(
             f"`documents` must have the shape of `x` without its last axis, {tuple(x.shape[:-1])}, got "
-            f"{tuple(documents.shape)}."
+            f"{tuple(documents.shape)}. They are what the `mask` of a callback selects."
         )
     if documents.is_floating_point() or documents.is_complex():
         raise ValueError(

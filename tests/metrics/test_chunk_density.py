@@ -43,7 +43,10 @@ def test_empty_update_changes_nothing() -> None:
     [
         (lambda: ChunkDensity(0), "`chunk` must be .* got 0"),
         (lambda: ChunkDensity(threshold=-1), "`threshold` must be >= 0, got -1"),
-        (lambda: ChunkDensity().update(torch.ones(3)), r"`x` must have an axis of tokens before the last, .*, got \(3,\)"),
+        (
+            lambda: ChunkDensity().update(torch.ones(3)),
+            r"`x` must have an axis of tokens before the last, .*, got \(3,\)",
+        ),
         (lambda: ChunkDensity().update(torch.ones(2, 3), torch.ones(3).long()), r"`documents` .* got \(3,\)"),
     ],
 )
