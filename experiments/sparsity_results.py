@@ -30,7 +30,7 @@ def write_results(paths: Sequence[Path], info: Mapping[str, Any]) -> Path:
     table = Table(*HEADER, title="loss in nats per byte and density, mean ± deviation over seeds")
     for row in rows:
         table.add_row(*row)
-    Console(width=130).print(table)
+    Console(width=150).print(table)
     lines = [f"- {key}: {value}" for key, value in info.items()]
     lines += ["", f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -44,7 +44,10 @@ def summarise(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, float], list[Mapping[str, str]]] = defaultdict(list)
     for row in rows:
         groups[row["arm"], float(row["strength"])].append(row)
-    base = {row["seed"]: float(row["loss"]) for row in rows if row["arm"] == "relu"}
+    relu = [row for row in rows if row["arm"] == "relu"]
+    # of the same pretraining, where that was repeated for a part of the arms
+    base = {row["seed"]: float(row["loss"]) for row in reversed(relu)}
+    own = {(row.get("file", ""), row["seed"]): float(row["loss"]) for row in relu}
     order = list(dict.fromkeys(row["arm"] for row in rows))
     table = []
     for arm, strength in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
@@ -52,7 +55,11 @@ def summarise(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
 
         def spread(key: str, digits: int, scale: float = 1.0, relative: bool = False, group: Any = group) -> str:
             values = [
-                scale * (float(row[key]) - (base[row["seed"]] if relative else 0.0))
+                scale
+                * (
+                    float(row[key])
+                    - (own.get((row.get("file", ""), row["seed"]), base[row["seed"]]) if relative else 0.0)
+                )
                 for row in group
                 if row[key] != "" and (not relative or row["seed"] in base)
             ]
@@ -102,7 +109,7 @@ def _spread(values: Sequence[float], digits: int, unit: str, sign: str) -> str:
 
 def _read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{"file": path.stem, **row} for row in csv.DictReader(file)]
 
 
 if __name__ == "__main__":

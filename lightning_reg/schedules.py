@@ -314,7 +314,7 @@ class TargetController(Schedule):
         rule: Literal["proportional", "sign"] = "proportional",
         gain: float | None = None,
         integral_time: int | float = 0.1,
-        ramp: int | float = 0.5,
+        ramp: int | float = 0.2,
         smoothing: float = 0.9,
         dead_band: float = 0.02,
         minimum: float = 1e-4,

@@ -66,7 +66,7 @@ def test_comparison_runs_every_arm_once_and_continues(tmp_path: Path) -> None:
     path = tmp_path / "out" / "sparsity.csv"
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert {row["arm"] for row in rows} == {
-        "silu", "relu", "shifted_relu", "constant_l1", "prosparse", "hoyer", "controller",
+        "silu", "relu", "shifted_relu", "constant_l1", "prosparse", "hoyer", "controller", "controller_slow",
     }  # fmt: skip
     assert tuple(rows[0]) == FIELDS
     by_arm = {row["arm"]: row for row in rows}
@@ -96,6 +96,9 @@ def test_table_compares_with_relu_of_the_same_seed(tmp_path: Path) -> None:
     assert relu[:4] == ("relu", "", "1.5000 ± 0.7071", "+0.0000 ± 0.0000")
     assert hoyer[:5] == ("hoyer", "3", "1.7000 ± 0.8485", "+0.2000 ± 0.1414", "50.0 ± 0.0 %")
     assert hoyer[5:7] == ("-0.7500", "25.0 %")
+    twice = [{"file": "a", **relu} for relu in rows[:1]] + [{"file": "b", **row("relu", 0, 3.0)}]
+    twice += [{"file": name, **row("hoyer", 0, 4.0, 1.0)} for name in ("b", "c")]
+    assert summarise(twice)[1][3] == "+2.0000 ± 1.4142"  # its own file's, else the first
 
 
 def test_published_results_are_drawn_from_their_runs(tmp_path: Path) -> None:
