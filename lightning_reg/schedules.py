@@ -287,11 +287,12 @@ class TargetController(Schedule):
             its value (its entropy, its L1), anything else the name of a logged number.
         raises: Whether a larger weight makes the quantity larger; asked of the regularizer when left out.
         rule: ``"proportional"`` or ``"sign"``.
-        gain: Change of the log of the factor for a full error, > 0; 8 for ``"proportional"``, log(1.2) for ``"sign"``.
+        gain: Change of the log of the factor for a full error, > 0; 16 for ``"proportional"``, log(1.2) for ``"sign"``.
         integral_time: Steps (int) or fraction of training (float) in which a lasting error moves the factor as much as
             its appearance did.
         ramp: Steps (int) or fraction of training (float) until the reference is at the target; 0 starts there.
-        smoothing: Of the moving average, in [0, 1): 0 takes each measurement as it is.
+        smoothing: Of the moving average, in [0, 1): 0 takes each measurement as it is. Noise of relative size n moves
+            the factor by about ``gain * (1 - smoothing) * n``.
         dead_band: Relative error that is left alone, >= 0.
         minimum: Smallest factor on the callback's weight, > 0.
         maximum: Largest factor on the callback's weight.
@@ -315,7 +316,7 @@ class TargetController(Schedule):
         gain: float | None = None,
         integral_time: int | float = 0.1,
         ramp: int | float = 0.2,
-        smoothing: float = 0.9,
+        smoothing: float = 0.5,
         dead_band: float = 0.02,
         minimum: float = 1e-4,
         maximum: float = 1e4,
@@ -331,7 +332,7 @@ class TargetController(Schedule):
             raise ValueError(f"`target` must be in (0, 1) for a density, got {target}.")
         if rule not in ("proportional", "sign"):
             raise ValueError(f"`rule` must be 'proportional' or 'sign', got {rule!r}.")
-        gain = (8.0 if rule == "proportional" else math.log(1.2)) if gain is None else gain
+        gain = (16.0 if rule == "proportional" else math.log(1.2)) if gain is None else gain
         for name, value in (("gain", gain), ("integral_time", integral_time), ("minimum", minimum)):
             if not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be finite and > 0, got {value}.")

@@ -332,7 +332,7 @@ class RegMonitor(Callback):
             **{name: getattr(self, name) for name in names},
         }
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
         """Refuse hand-written loops: they have no logging steps.
 
         Raises:

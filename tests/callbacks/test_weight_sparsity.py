@@ -1018,7 +1018,7 @@ def test_target_outside_its_range_is_refused(target: Any) -> None:
         ({"name": ""}, "`name` must not be empty"),
         ({"schedule": Cosine(), "end": 9}, "`begin=0` and `end=9` belong to a named schedule, got a Cosine"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
