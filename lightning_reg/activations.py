@@ -6,8 +6,9 @@ on the replacement itself, so it can be undone and a copy of the model can undo 
 for a checkpoint, ``load_activations`` puts it in place, and ``fold_activations`` leaves plain torch modules.
 """
 
-from collections.abc import Mapping
-from copy import deepcopy
+import warnings
+from collections.abc import Collection, Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ from lightning_reg.functional.sparse_activations import (
     topk,
 )
 
-_CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # of Hugging Face
+_NESTED = "_lightning_reg_nested"  # on an encoder that would use nested tensors
+_CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn")  # of Hugging Face
 _SMOOTH_PROBE = torch.linspace(-4.0, 4.0, 401, dtype=torch.float64)
 
 
@@ -242,38 +244,50 @@ def substitute_activations(model: nn.Module, activation: Activation = "relu", *,
         Paths of the activations that were replaced.
 
     Raises:
-        ValueError: If no MLP is found, or one of them calls its activation inline; nothing has changed then.
+        ValueError: If no MLP is found, or one of them has an activation that cannot be replaced; nothing has changed
+            then.
     """
     new = make_activation(activation)
     places, rectified = _plan(model, activation, targets)
     replaced = [place for place in places if not _same(place.value, new)]
     for place in replaced:
-        _replace(place, deepcopy(new))
+        _replace(place, deepcopy(new), model)
     for projection in rectified:
         _rectify(projection)
+    _settle_encoders(model)
     return [place.path for place in replaced]
 
 
-def restore_activations(model: nn.Module) -> list[str]:
-    """Undo every substitution in a model, or in a copy of it. No-op without one.
+def find_activations(model: nn.Module, *, targets: Targets = None) -> list[str]:
+    """Paths of the activations that ``substitute_activations`` would look at."""
+    return [path for mlp in capture.select_mlps(targets, model) for path in mlp.activations]
+
+
+def restore_activations(model: nn.Module, paths: Collection[str] | None = None) -> list[str]:
+    """Undo substitutions in a model, or in a copy of it. No-op without one.
+
+    Args:
+        model: The model.
+        paths: Those to undo; all when left out.
 
     Returns:
         Paths of the activations that were put back.
     """
-    substituted = _substituted(model)
+    substituted = [place for place in _substituted(model) if paths is None or place.path in paths]
     for place in substituted:
         place.put(place.value.__dict__[capture.ORIGINAL])
-    for projection in _rectified(model).values():
-        _unrectify(projection)
+    if paths is None or not _substituted(model):
+        for projection in _rectified(model).values():
+            _unrectify(projection)
+    _settle_encoders(model)
     return [place.path for place in substituted]
 
 
 def fold_activations(model: nn.Module) -> nn.Module:
     """Leave plain torch activations in place of the substituted ones, and forget what was there before.
 
-    A FATReLU with one threshold becomes ``nn.Threshold``, which gives the same bits; ReLU is plain already. Where every
-    MLP of a Hugging Face model now has ReLU, its ``config`` says so, and ``save_pretrained`` keeps it; it has no name
-    for a threshold.
+    A FATReLU with one threshold becomes ``nn.Threshold``, which gives the same bits; ReLU is plain already. Warns where
+    the ``config`` of a Hugging Face model names another activation, which ``save_pretrained`` would write.
 
     Returns:
         The model itself.
@@ -292,7 +306,7 @@ def fold_activations(model: nn.Module) -> nn.Module:
     for place in places:
         place.put(_plain(place.value))
     if places:
-        _name_relu_in_configs(model)
+        _warn_of_configs(model)
     return model
 
 
@@ -303,7 +317,7 @@ def activation_record(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_activations(model: nn.Module, record: Mapping[str, Any]) -> list[str]:
-    """Put the activations in place that a model was trained with.
+    """Put the activations in place that a model was trained with; those that are there already stay.
 
     Args:
         model: Model as it was before the training.
@@ -319,18 +333,22 @@ def load_activations(model: nn.Module, record: Mapping[str, Any]) -> list[str]:
     modules = capture.named_modules(model)
     plan = [(_place(modules, path), path, entry) for path, entry in entries.items() if entry["kind"] != "rectified"]
     rectified = [path for path, entry in entries.items() if entry["kind"] == "rectified"]
-    missing = [path for place, path, _ in plan if place is None] + [path for path in rectified if path not in modules]
+    missing = [path for place, path, _ in plan if place is None or not capture.is_activation(path, place.value)]
+    missing += [path for path in rectified if path not in modules]
     if missing:
         raise ValueError(
             f"the checkpoint substituted {', '.join(missing)}, which this model does not have: load it into the model "
             "it was trained with."
         )
-    made = [(place, _make(path, entry)) for place, path, entry in plan]
+    # mypy: none is missing
+    wanted = [(place, path, entry) for place, path, entry in plan if place and not _is_described(place.value, entry)]
+    made = [(place, _make(path, entry)) for place, path, entry in wanted]
     for place, new in made:
-        _replace(place, new)  # type: ignore[arg-type]
+        _replace(place, new, model)
     for path in rectified:
         _rectify(modules[path])
-    return [place.path for place, _ in made]  # type: ignore[union-attr]
+    _settle_encoders(model)
+    return [place.path for place, _ in made]
 
 
 def gives_zeros(activation: Any) -> bool | None:
@@ -349,7 +367,8 @@ def gives_zeros(activation: Any) -> bool | None:
 
 def is_relu(activation: Any) -> bool:
     """Whether an activation is ReLU, also one whose threshold was shifted before."""
-    return _same(activation, nn.ReLU())
+    shifted = type(activation) is FATReLU and activation.number is not None and activation.sharpness is None
+    return shifted or (_same(activation, nn.ReLU()) and not isinstance(activation, FATReLU))
 
 
 def put_activation(model: nn.Module, path: str, activation: nn.Module) -> None:
@@ -357,7 +376,7 @@ def put_activation(model: nn.Module, path: str, activation: nn.Module) -> None:
     place = _place(capture.named_modules(model), path)
     if place is None:
         raise ValueError(f"`path` {path!r} is no attribute of the model.")
-    _replace(place, activation)
+    _replace(place, activation, model)
 
 
 def describe(activation: Any) -> str:
@@ -371,28 +390,60 @@ def describe(activation: Any) -> str:
 def _plan(model: nn.Module, activation: Activation, targets: Targets) -> tuple[list[_Place], list[nn.Module]]:
     """Places to fill and projections to rectify; nothing is changed."""
     modules = capture.named_modules(model)
-    places: list[_Place] = []
+    mlps = capture.select_mlps(targets, model)
+    chosen = {mlp.down for mlp in mlps}
+    shared = {path: mlp.down for mlp in capture.find_mlps(model) if mlp.down not in chosen for path in mlp.activations}
+    places: dict[str, _Place] = {}
     rectified: list[nn.Module] = []
-    for mlp in capture.select_mlps(targets, model):
-        if not mlp.activations:
-            raise ValueError(
-                f"the MLP of {mlp.down!r} calls its activation inline, where it cannot be replaced. Keep it in an "
-                "attribute (`self.act = nn.GELU()`, used in `forward`), or leave this MLP out with `targets=`."
-            )
+    for mlp in mlps:
+        _check_replaceable(mlp, modules, activation)
         for path in mlp.activations:
-            place = _place(modules, path)
-            if place is not None and isinstance(place.value, nn.Module) and any(True for _ in place.value.parameters()):
+            if path in shared:
                 raise ValueError(
-                    f"the activation {path!r} ({type(place.value).__name__}) has parameters, which a substitution "
-                    "would drop from the checkpoint. Leave this MLP out with `targets=`."
+                    f"the activation {path!r} serves the MLPs of {mlp.down!r} and {shared[path]!r}: select both with "
+                    "`targets=`, or give each its own."
                 )
-            places += [place] if place is not None else []
+            place = _place(modules, path)
+            if place is not None:
+                places[path] = place
         if activation == "drelu":
-            sizes = {name: capture.projection_sizes(modules[name]) or (0, 0) for name in (*mlp.ups, mlp.down)}
-            if sum(sizes[up][1] for up in mlp.ups) != 2 * sizes[mlp.down][0]:
-                raise ValueError(f"`activation='drelu'` needs a gated MLP; that of {mlp.down!r} is not. Use 'relu'.")
-            rectified += [modules[up] for up in mlp.ups]
-    return places, rectified
+            rectified += _branches(mlp, modules)
+    return list(places.values()), rectified
+
+
+def _check_replaceable(mlp: capture.Mlp, modules: dict[str, nn.Module], activation: Activation) -> None:
+    if not mlp.ups:
+        raise ValueError(
+            f"{mlp.down!r} was not recognised as the down-projection of an MLP: no matching narrow-to-wide map precedes "
+            "it in its block, so its activation is unknown. Leave it out of `targets`."
+        )
+    if not mlp.activations:
+        raise ValueError(
+            f"the MLP of {mlp.down!r} calls its activation inline, where it cannot be replaced. Keep it in an "
+            "attribute (`self.act = nn.GELU()`, used in `forward`), or leave this MLP out with `targets=`."
+        )
+    for path in mlp.activations:
+        place = _place(modules, path)
+        if place is not None and isinstance(place.value, nn.Module) and place.value.state_dict():
+            raise ValueError(
+                f"the activation {path!r} ({type(place.value).__name__}) has parameters, which a substitution "
+                "would drop from the checkpoint. Leave this MLP out with `targets=`."
+            )
+    new = make_activation(activation)
+    by_token = isinstance(new, (TopK, StatisticalTopK)) or (isinstance(new, FATReLU) and new.number is None)
+    if by_token and isinstance(modules[mlp.down], nn.Conv2d):
+        raise ValueError(
+            f"{type(new).__name__} looks at the last axis, but the channels of {mlp.down!r}, a convolution, are in "
+            "front. Use 'relu', 'relu2' or 'fatrelu', or leave it out with `targets=`."
+        )
+
+
+def _branches(mlp: capture.Mlp, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Projections whose outputs dReLU rectifies."""
+    sizes = {name: capture.projection_sizes(modules[name]) or (0, 0) for name in (*mlp.ups, mlp.down)}
+    if sum(sizes[up][1] for up in mlp.ups) != 2 * sizes[mlp.down][0]:
+        raise ValueError(f"`activation='drelu'` needs a gated MLP; that of {mlp.down!r} is not. Use 'relu'.")
+    return [modules[up] for up in mlp.ups]
 
 
 def _place(modules: dict[str, nn.Module], path: str) -> _Place | None:
@@ -405,7 +456,7 @@ def _has(module: nn.Module, attribute: str) -> bool:
     return attribute in module._modules or hasattr(module, attribute)
 
 
-def _replace(place: _Place, new: nn.Module) -> None:
+def _replace(place: _Place, new: nn.Module, model: nn.Module) -> None:
     old = place.value
     if isinstance(old, nn.Module):
         new.train(old.training)
@@ -413,13 +464,14 @@ def _replace(place: _Place, new: nn.Module) -> None:
     else:
         new.train(place.owner.training)
     new.__dict__[capture.ORIGINAL] = old
-    like = next(place.owner.parameters(), None)
+    like = next(place.owner.parameters(), next(model.parameters(), None))
     place.put(new if like is None else new.to(like.device))
 
 
 def _same(value: Any, new: nn.Module) -> bool:
-    if type(new) is nn.ReLU:  # one whose threshold was shifted stays shifted
-        return type(value) is nn.ReLU or value in (F.relu, torch.relu) or _is_substitute(value, FATReLU)
+    if type(new) is nn.ReLU:  # one whose threshold was shifted, or folded, stays so
+        folded = type(value) is nn.Threshold and value.value == 0
+        return type(value) is nn.ReLU or folded or value in (F.relu, torch.relu) or _is_substitute(value, FATReLU)
     return _is_substitute(value, type(new)) and repr(value) == repr(new)
 
 
@@ -442,6 +494,20 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     return {"kind": kind, **{key: _detached(value) for key, value in arguments.items()}}
 
 
+def _is_described(value: Any, entry: Mapping[str, Any]) -> bool:
+    """Whether a substitute is what an entry of a record describes."""
+    if not isinstance(value, nn.Module) or capture.ORIGINAL not in value.__dict__:
+        return entry["kind"] == "relu" and _same(value, nn.ReLU())
+    own = _describe(value)
+    return own.keys() == entry.keys() and all(_equal(own[key], entry[key]) for key in own)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a.cpu(), b.cpu())
+    return bool(a == b)
+
+
 def _detached(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
@@ -459,31 +525,51 @@ def _make(path: str, entry: Mapping[str, Any]) -> nn.Module:
 def _entries(record: Mapping[str, Any]) -> dict[str, Any]:
     if "callbacks" not in record:
         return dict(record)
-    states = [state for state in record["callbacks"].values() if isinstance(state, Mapping)]
-    found = {path: entry for state in states for path, entry in state.get("activations", {}).items()}
+    states = [state.get("activations") for state in record["callbacks"].values() if isinstance(state, Mapping)]
+    entries = [item for state in states if isinstance(state, Mapping) for item in state.items()]
+    found = {path: entry for path, entry in entries if isinstance(entry, Mapping) and "kind" in entry}
     if not found:
         raise ValueError("the checkpoint holds no substituted activations: it was trained with the model's own.")
     return found
 
 
 def _foldable(module: nn.Module) -> bool:
-    return type(module) is nn.ReLU or (type(module) is FATReLU and module.number is not None and not module.sharpness)
+    hard = type(module) is FATReLU and module.number is not None and module.sharpness is None
+    return hard or type(module).__module__.startswith("torch.nn.")
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    plain = nn.ReLU() if type(module) is nn.ReLU else nn.Threshold(module.number, 0.0)  # type: ignore[arg-type]
-    return plain.train(module.training)
+    if isinstance(module, FATReLU):
+        return nn.Threshold(module.number, 0.0).train(module.training)  # type: ignore[arg-type]
+    plain = copy(module)
+    plain.__dict__.pop(capture.ORIGINAL)
+    return plain
 
 
-def _name_relu_in_configs(model: nn.Module) -> None:
+def _warn_of_configs(model: nn.Module) -> None:
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    for config in configs.values():
+        named = {key: value for key in _CONFIG_KEYS if isinstance(value := getattr(config, key, None), str)}
+        if others := {key: value for key, value in named.items() if "relu" not in value}:
+            shown = ", ".join(f"{key}={value!r}" for key, value in others.items())
+            warnings.warn(
+                f"the {type(config).__name__} of the model says {shown}, and `save_pretrained` will write that. Set it "
+                "to 'relu' first if every activation is ReLU now; there is no name for a threshold: save the weights.",
+                stacklevel=3,
+            )
+
+
+def _settle_encoders(model: nn.Module) -> None:
+    """Padded batches become nested tensors in torch's encoder, which only its own two activations take."""
     for module in model.modules():
-        config = getattr(module, "config", None)
-        named = [key for key in _CONFIG_KEYS if isinstance(getattr(config, key, None), str)]
-        mlps = capture.find_mlps(module) if named else []
-        values = [capture.attribute(module, path) for mlp in mlps for path in mlp.activations]
-        if values and all(type(value) is nn.ReLU for value in values):
-            for key in named:
-                setattr(config, key, "relu")
+        if isinstance(module, nn.TransformerEncoder):
+            first = module.layers[0]
+            fast = not isinstance(first, nn.TransformerEncoderLayer) or bool(first.activation_relu_or_gelu)
+            if not fast and module.use_nested_tensor:
+                module.use_nested_tensor = False
+                module.__dict__[_NESTED] = True
+            elif fast and module.__dict__.pop(_NESTED, False):
+                module.use_nested_tensor = True
 
 
 def _torch_fast_path(value: Any) -> int:

@@ -389,6 +389,9 @@ def calibrate_fatrelu(
     if tokens < 1:
         raise ValueError(f"`tokens` must be >= 1, got {tokens}.")
     sites = [_ShiftSite(mlp, model, tokens) for mlp in capture.select_mlps(targets, model)]
+    paths = [site.path for site in sites]
+    if shared := sorted({path for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"several MLPs share the activation {', '.join(shared)}: give each its own to shift.")
     passes = _Passes(model, batches, lambda *_: 0.0, mask, [])
     with _evaluation(model), ExitStack() as hooks:
         for site in sites:
@@ -431,7 +434,7 @@ class _ShiftSite:
         """See what leaves the activation and enters the down-projection."""
 
         def keep(_: Any, args: Any, output: Tensor) -> None:
-            self.after = output
+            self.after = output.detach().clone()  # the model may go on in place
 
         def pair(_: Any, args: tuple) -> None:
             if self.after is not None and self.seen < self.tokens:

@@ -41,7 +41,7 @@ _ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 _WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "CheckpointWrapper")
-_ATTENTION_PATH = re.compile(r"(^|\.)(\w*_)?(attn|attention|mha)(\.|$)", re.IGNORECASE)
+_ATTENTION_PATH = re.compile(r"(^|\.)\w*(attn|attention|mha)(\.|$)", re.IGNORECASE)
 _NEVER_ACTIVATION = (
     nn.Identity, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention, nn.LayerNorm,
     nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, torchmetrics.Metric,
@@ -168,6 +168,8 @@ def find_mlps(root: nn.Module) -> list[Mlp]:
             if wide > narrow and ups and not _ATTENTION_PATH.search(local):
                 after = max((earlier.index(mlp.down) for mlp in found if _inside(mlp.down, scope)), default=-1)
                 ups = [up for up in ups if earlier.index(up) > after] or ups[-1:]
+                if len([up for up in ups if sizes[up][1] == wide]) > 2:
+                    break  # query, key and value: attention by another name
                 block = _common([*ups, name])
                 found.append(Mlp(block, tuple(ups), name, _activations_of(root, block, ups, name)))
                 break
@@ -200,6 +202,7 @@ def select_mlps(targets: Targets, model: nn.Module) -> list[Mlp]:
                 f"`targets` must name down-projections, whose input is regularized; {name or 'the model'!r} is a "
                 f"{type(modules[name]).__name__}.{remedy}"
             )
+    # one that was not found has no parts that are known
     return [found.get(name) or Mlp("", (), name, ()) for name in modules if name in selected]
 
 
@@ -249,18 +252,34 @@ def _common(names: list[str]) -> str:
 
 
 def _activations_of(root: nn.Module, block: str, ups: list[str], down: str) -> tuple[str, ...]:
-    """Attributes in a block that hold an activation; those between up and down in its order, if there are any."""
+    """Attributes in a block that hold its activation.
+
+    Those between up and down in its order; else the only one that is an attribute of the block itself, or of what holds
+    up or down. Gates such as a sigmoid are activations only where there is nothing else in between.
+    """
     paths = list(_attributes(named_modules(root)[block], block))
-    found = [path for path, value in paths if is_activation(path, value)]
-    order = [path for path, _ in paths]
-    between = [path for path in found if order.index(ups[0]) < order.index(path) < order.index(down)]
-    return tuple(between or found)
+    found = [(path, value) for path, value in paths if is_activation(path, value)]
+    place = {path: index for index, (path, _) in enumerate(paths)}
+    first, last = place.get(ups[0], -1), place.get(down, -1)
+    between = [(path, value) for path, value in found if first < place[path] < last]
+    if proper := [path for path, value in between if not _is_gate(value)]:
+        return tuple(proper)
+    if len(between) == 1:
+        return (between[0][0],)
+    holders = {block, *(name.rpartition(".")[0] for name in (*ups, down))}
+    near = [path for path, value in found if path.rpartition(".")[0] in holders and not _is_gate(value)]
+    return tuple(near) if len(near) == 1 and not between else ()
+
+
+def _is_gate(value: Any) -> bool:
+    name = type(value).__name__ if isinstance(value, nn.Module) else getattr(value, "__name__", "")
+    return name.lower().replace("_", "") in ("sigmoid", "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "softplus")
 
 
 def _attributes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
     """Child modules and callables of a module by path, in its order, without those of attention."""
     for name, child in module._modules.items():
-        path = _WRAPPERS.sub("", f"{prefix}.{name}".lstrip("."))
+        path = _plain_path(f"{prefix}.{name}".lstrip("."))
         bare = getattr(child, "_orig_mod", child)
         if isinstance(bare, nn.Module):
             yield path, bare
@@ -276,7 +295,8 @@ def is_activation(path: str, value: Any) -> bool:
     attribute = path.rpartition(".")[2]
     if not isinstance(value, nn.Module):
         named = _ACTIVATION_CLASS.search(getattr(value, "__name__", "")) or _ACTIVATION_NAME.fullmatch(attribute)
-        return callable(value) and not isinstance(value, type) and bool(named)
+        factory = isinstance(value, type) or isinstance(getattr(value, "func", None), type)
+        return callable(value) and not factory and bool(named)
     if isinstance(value, _NEVER_ACTIVATION) or any(True for _ in value.children()) or projection_sizes(value):
         return False
     kind = type(value)
@@ -305,10 +325,14 @@ def attention_candidates(root: nn.Module) -> dict[str, nn.Module]:
 def named_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Modules by the name a user wrote: without the wrappers that compile, sharding and checkpointing put between."""
     return {
-        _WRAPPERS.sub("", name): module
+        _plain_path(name): module
         for name, module in root.named_modules()
         if type(module).__name__ not in _WRAPPER_CLASSES and ".parametrizations." not in name
     }
+
+
+def _plain_path(path: str) -> str:
+    return _WRAPPERS.sub("", path).rstrip(".")
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -78,23 +78,24 @@ def fatrelu(x: Tensor, threshold: float | Tensor = 0.01, *, sharpness: float | N
         sharpness: Steepness of the soft form, > 0, in inverse units of ``x``; hard when left out.
 
     Raises:
-        ValueError: If ``threshold`` is negative or does not fit, or ``sharpness`` is not positive.
+        ValueError: If a number ``threshold`` is negative, a tensor does not fit, or ``sharpness`` is not positive.
 
     Example:
         >>> fatrelu(torch.tensor([-1.0, 0.2, 0.7]), 0.5)
         tensor([0.0000, 0.0000, 0.7000])
     """
     check_fat_threshold(threshold)
+    if isinstance(threshold, Tensor) and threshold.dim() and threshold.shape != x.shape[-1:]:
+        raise ValueError(
+            f"`threshold` must be a number or have the width of `x`, {tuple(x.shape[-1:])}, got "
+            f"{tuple(threshold.shape)}."
+        )
     if sharpness is not None:
         if not sharpness > 0:
             raise ValueError(f"`sharpness` must be > 0, got {sharpness}; leave it out for the hard threshold.")
         return F.relu(x) * torch.sigmoid(sharpness * (x - threshold)).to(x.dtype)
     if not isinstance(threshold, Tensor):
         return F.threshold(x, threshold, 0.0)
-    if threshold.dim() and threshold.shape != x.shape[-1:]:
-        raise ValueError(
-            f"`threshold` must be a number or have the width of `x`, ({x.shape[-1]},), got {tuple(threshold.shape)}."
-        )
     return torch.where(x <= threshold, 0.0, x)
 
 
