@@ -414,8 +414,8 @@ def _plan(model: nn.Module, activation: Activation, targets: Targets) -> tuple[l
 def _check_replaceable(mlp: capture.Mlp, modules: dict[str, nn.Module], activation: Activation) -> None:
     if not mlp.ups:
         raise ValueError(
-            f"{mlp.down!r} was not recognised as the down-projection of an MLP: no matching narrow-to-wide map precedes "
-            "it in its block, so its activation is unknown. Leave it out of `targets`."
+            f"{mlp.down!r} was not recognised as the down-projection of an MLP: no matching narrow-to-wide map comes "
+            "before it in its block, so its activation is unknown. Leave it out of `targets`."
         )
     if not mlp.activations:
         raise ValueError(

@@ -13,6 +13,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -504,6 +505,8 @@ class _Called(nn.Module):
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
+    if type(model).forward in (nn.Module.forward, pl.LightningModule.forward):
+        raise ValueError(f"{type(model).__name__} has no `forward`: give `run=lambda model, batch: ...` to call it.")
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

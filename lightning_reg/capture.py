@@ -162,7 +162,7 @@ def find_mlps(root: nn.Module) -> list[Mlp]:
     for name, (wide, narrow) in sizes.items():
         parent = name.rpartition(".")[0]
         grandparent = parent.rpartition(".")[0] if "." in parent else parent
-        local = name[len(grandparent) :]
+        local = ".".join(name.split(".")[-3:])
         for scope in dict.fromkeys((parent, grandparent)):
             ups = [up for up in earlier if _inside(up, scope) and _feeds(sizes[up], wide, narrow)]
             if wide > narrow and ups and not _ATTENTION_PATH.search(local):
@@ -194,7 +194,13 @@ def select_mlps(targets: Targets, model: nn.Module) -> list[Mlp]:
                 f"one. Name it with `targets=`; the linear maps are {', '.join(names[:8]) or 'none'}."
             )
         return list(found.values())
+    above = {up: mlp.down for mlp in found.values() for up in mlp.ups}
     for name in selected:
+        if name in above and name not in found:
+            raise ValueError(
+                f"`targets` must name down-projections, whose input is regularized; {name!r} is the up-projection of "
+                f"{above[name]!r}, which you may have meant."
+            )
         if projection_sizes(modules[name]) is None:
             inside = [other for other in found if other.startswith(f"{name}.")]
             remedy = f" Its down-projections: {', '.join(inside[:5])}." if inside else ""
@@ -273,6 +279,8 @@ def _activations_of(root: nn.Module, block: str, ups: list[str], down: str) -> t
 
 def _is_gate(value: Any) -> bool:
     name = type(value).__name__ if isinstance(value, nn.Module) else getattr(value, "__name__", "")
+    if ORIGINAL in getattr(value, "__dict__", {}):
+        return False
     return name.lower().replace("_", "") in ("sigmoid", "hardsigmoid", "logsigmoid", "tanh", "hardtanh", "softplus")
 
 

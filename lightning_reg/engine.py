@@ -242,6 +242,7 @@ class Engine:
     def begin(self, batch: Any = None) -> None:
         """Start collecting for a forward."""
         self.scope.clear()
+        self.totals.clear()
         for regularizer, taps in self.taps.items():
             live, awake = regularizer.live, regularizer.awake
             mask = regularizer.batch_mask(batch) if awake else None

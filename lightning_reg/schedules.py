@@ -31,6 +31,11 @@ class Schedule(ABC):
             ValueError: If a fraction is used and ``total_steps`` is unknown.
         """
 
+    def __repr__(self) -> str:
+        """Class and arguments, for logs."""
+        shown = [f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_")]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
 
 class Constant(Schedule):
     """The same factor throughout.
@@ -196,9 +201,14 @@ class ProSparse(Schedule):
     """
 
     def __init__(self, stages: Sequence[Sequence[float]]) -> None:
-        pairs = [tuple(stage) for stage in stages]
+        try:
+            pairs = [tuple(stage) for stage in stages]
+        except TypeError:
+            pairs = []
         if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"`stages` must hold at least one pair (end, peak), got {list(stages)!r}.")
+            raise ValueError(
+                f"`stages` must hold at least one pair (end, peak), as in [(0.2, 0.0), (1.0, 0.5)], got {stages!r}."
+            )
         self.ends = [_check_time("stages", end) for end, _ in pairs]
         self.peaks = [_check_factor("stages", peak) for _, peak in pairs]
         if len({type(end) for end in self.ends}) > 1 or any(a >= b for a, b in zip([0, *self.ends], self.ends)):
@@ -290,7 +300,8 @@ class TargetController(Schedule):
         gain: Change of the log of the factor for a full error, > 0; 16 for ``"proportional"``, log(1.2) for ``"sign"``.
         integral_time: Steps (int) or fraction of training (float) in which a lasting error moves the factor as much as
             its appearance did.
-        ramp: Steps (int) or fraction of training (float) until the reference is at the target; 0 starts there.
+        ramp: Steps (int) or fraction of training (float) until the reference is at the target; 0 starts there. A
+            fraction lasts at least 100 steps: what comes down faster does not stop where it should.
         smoothing: Of the moving average, in [0, 1): 0 takes each measurement as it is. Noise of relative size n moves
             the factor by about ``gain * (1 - smoothing) * n``.
         dead_band: Relative error that is left alone, >= 0.
@@ -315,7 +326,7 @@ class TargetController(Schedule):
         rule: Literal["proportional", "sign"] = "proportional",
         gain: float | None = None,
         integral_time: int | float = 0.1,
-        ramp: int | float = 0.2,
+        ramp: int | float = 0.3,
         smoothing: float = 0.5,
         dead_band: float = 0.02,
         minimum: float = 1e-4,
@@ -361,6 +372,11 @@ class TargetController(Schedule):
         self.error = 0.0  # of the last update
         self.held = False
 
+    def __repr__(self) -> str:
+        """Class and arguments, without what was learnt."""
+        shown = [f"{key}={value!r}" for key, value in vars(self).items() if key not in _CONTROLLER_STATE]
+        return f"TargetController({', '.join(shown)})"
+
     def __call__(self, step: int, total_steps: int | None = None) -> float:
         """The factor as it is now; it changes with ``update``, not with the step."""
         return self.factor
@@ -368,6 +384,7 @@ class TargetController(Schedule):
     def reference(self, step: int, total_steps: int | None = None) -> float:
         """What the quantity should be at ``step``."""
         begin, ramp = (_in_steps(name, getattr(self, name), total_steps) for name in ("warmup", "ramp"))
+        ramp = max(ramp, _SHORTEST_RAMP) if isinstance(self.ramp, float) and ramp else ramp
         if self.first is None or step >= begin + ramp:
             return self.target
         return self.first * (self.target / self.first) ** ((step - begin) / ramp)
@@ -418,6 +435,7 @@ class TargetController(Schedule):
 
 
 _TINY = 1e-12
+_SHORTEST_RAMP = 100  # steps
 _CONTROLLER_STATE = ("factor", "average", "first", "error", "held")
 
 

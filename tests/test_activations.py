@@ -108,6 +108,8 @@ def sequential() -> nn.Module:
     )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -178,6 +180,7 @@ def test_substitution_is_undone_also_in_a_copy(name: str) -> None:
         assert torch.equal(run(part, x), before)
 
 
+@pytest.mark.filterwarnings("ignore:the .*Config of the model says")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("activation", ["relu", "fatrelu"])
 def test_folded_model_is_plain_and_gives_the_same_bits(name: str, activation: str) -> None:
@@ -194,17 +197,121 @@ def test_folded_model_is_plain_and_gives_the_same_bits(name: str, activation: st
     assert b"lightning_reg" not in buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
-def test_folded_hugging_face_model_is_saved_with_its_activation(name: str, tmp_path: Any) -> None:
-    model, x = make(name)
+@pytest.mark.parametrize(
+    ("name", "said"), [("llama", "silu"), ("bert", "gelu"), ("gpt2", "gelu_new"), ("t5", "gelu_new")]
+)
+def test_folding_warns_where_a_config_would_be_saved_with_the_old_activation(name: str, said: str) -> None:
+    config = transformers.T5Config(d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8, vocab_size=50,
+                                   feed_forward_proj="gated-gelu")  # fmt: skip
+    model = transformers.T5EncoderModel(config) if name == "t5" else make(name)[0]
     substitute_activations(model, "relu")
-    fold_activations(model).save_pretrained(tmp_path)
-    assert torch.equal(run(type(model).from_pretrained(tmp_path).eval(), x), run(model, x))
-    shifted, _ = make(name)
-    named = {key: getattr(shifted.config, key, None) for key in ("hidden_act", "activation_function")}
-    substitute_activations(shifted, FATReLU(0.1))
-    fold_activations(shifted)
-    assert {key: getattr(shifted.config, key, None) for key in named} == named  # there is no name for it
+    with pytest.warns(UserWarning, match=f"='{said}', and `save_pretrained` will write that. Set it to 'relu' first"):
+        fold_activations(model)
+
+
+@pytest.mark.filterwarnings("ignore:the .*Config of the model says")
+def test_torch_activations_of_any_kind_fold_by_staying() -> None:
+    model = Plain()
+    substitute_activations(model, nn.SiLU())
+    assert type(fold_activations(model).act_fn) is nn.SiLU
+    assert restore_activations(model) == []
+    assert substitute_activations(fold_activations(shift(Plain(F.relu))), "relu") == []  # a folded threshold stays
+
+
+def shift(model: nn.Module) -> nn.Module:
+    substitute_activations(model, FATReLU(0.2))
+    return model
+
+
+class Two(nn.Module):
+    """Two MLPs in one module, with one activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(16, 32), nn.Linear(32, 16), nn.ReLU()
+        self.fc3, self.fc4 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc4(self.act(self.fc3(self.fc2(self.act(self.fc1(x))))))
+
+
+def test_activation_of_two_mlps_is_replaced_for_both_or_not_at_all() -> None:
+    model = Two()
+    with pytest.raises(ValueError, match="'act' serves the MLPs of 'fc2' and 'fc4': select both"):
+        substitute_activations(model, "topk", targets="fc2")
+    assert type(model.act) is nn.ReLU
+    assert substitute_activations(model, "topk") == ["act"]
+
+
+class Head(Inline):
+    """The only activation in an attribute is not that of the MLP."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(16, 16), nn.SiLU())
+        if where == "gate":
+            self.sigmoid = nn.Sigmoid()
+        elif where == "factory":
+            self.act_layer = partial(nn.GELU, approximate="tanh")
+
+
+@pytest.mark.parametrize("where", ["stem", "gate", "factory"])
+def test_activations_of_other_things_are_left_alone(where: str) -> None:
+    model = Head(where)
+    described = str(model)
+    with pytest.raises(ValueError, match="calls its activation inline"):
+        substitute_activations(model, "relu")
+    assert str(model) == described
+    squeeze = timm.create_model("efficientnet_b0")
+    assert not any("gate" in path for path in substitute_activations(squeeze, "relu"))
+
+
+def test_attention_by_another_name_is_no_mlp() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = *(nn.Linear(16, 32) for _ in range(3)), nn.Linear(32, 16)
+
+    class Camel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.SelfAttention = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
+
+    for model in (Mixer(), Camel()):
+        with pytest.raises(ValueError, match="no MLP down-projection was found"):
+            substitute_activations(model, "relu")
+
+
+def test_what_looks_at_the_last_axis_is_refused_for_convolutions() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 16, 1), nn.GELU(), nn.Conv2d(16, 4, 1))
+    for activation in ("topk", "statistical_topk", FATReLU(torch.ones(16))):
+        with pytest.raises(ValueError, match="looks at the last axis, but the channels of '2', a convolution"):
+            substitute_activations(model, activation)
+    assert substitute_activations(model, "relu2") == ["1"]
+
+
+def test_compiled_and_checkpointed_mlps_are_found() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for wrap in (lambda mlp: torch.compile(mlp, backend="eager"), checkpoint_wrapper):
+        model = nn.Sequential(wrap(Plain()))
+        assert substitute_activations(model, "relu") == ["0.act_fn"]
+        assert (model(X) == model(X)).all()
+        restore_activations(model)
+
+
+def test_padded_batches_pass_torchs_encoder_in_evaluation() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    with torch.no_grad():
+        before = model(X, src_key_padding_mask=padding)
+        substitute_activations(model, "relu2")
+        model(X, src_key_padding_mask=padding)
+        restore_activations(model)
+        assert model.use_nested_tensor
+        assert torch.equal(model(X, src_key_padding_mask=padding), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

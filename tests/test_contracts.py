@@ -28,7 +28,7 @@ from lightning_reg.schedules import Cosine, Linear, TargetController
 from tests import tiny
 from tests.test_engine import DIFFERENT, assert_untouched
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty.*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty.*", "ignore:.*missed its target")
 
 CALLBACKS: dict[str, Callable[..., Any]] = {
     "attention_entropy": lambda weight=1.0, **kwargs: AttentionEntropyRegularizer(weight, **kwargs),
@@ -71,6 +71,7 @@ def test_weight_zero_is_bit_identical_to_no_callback(name: str, use_reentrant: b
     assert not torch.equal(tiny.fit(tiny.Tiny(use_reentrant=use_reentrant), [CALLBACKS[name](1.0)]), without)
 
 
+@pytest.mark.filterwarnings("ignore:the schedule of .* is 0 at every step")
 def test_schedule_at_zero_is_bit_identical_to_no_callback() -> None:
     off = Linear(0.0, 1.0, begin=100, duration=10)
     assert torch.equal(tiny.fit(tiny.Tiny(), [CALLBACKS["attention_entropy"](schedule=off)]), tiny.fit(tiny.Tiny()))
@@ -192,7 +193,15 @@ def test_bad_weight_is_refused(name: str, weight: Any) -> None:
         CALLBACKS[name](weight)
 
 
+@pytest.mark.parametrize("schedule", [Linear(0.0, 1.0, begin=100, duration=10), Linear(0.0, 0.0, duration=3)])
+def test_schedule_that_never_starts_is_noticed(schedule: Any) -> None:
+    with pytest.warns(UserWarning, match="the schedule of attention_entropy is 0 at every step of this training of 8"):
+        tiny.fit(tiny.Tiny(), [AttentionEntropyRegularizer(1.0, schedule=schedule)])
+
+
 def test_schedule_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="got the class Cosine; make an instance"):
+        AttentionEntropyRegularizer(1.0, schedule=Cosine)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`schedule` must be a lightning_reg.schedules.Schedule, got float"):
         AttentionEntropyRegularizer(1.0, schedule=0.5)  # type: ignore[arg-type]
 
@@ -281,6 +290,13 @@ def test_target_that_does_not_run_is_named_or_allowed() -> None:
     with pytest.raises(RuntimeError, match="`activation_density`: idle.fc2 did not run"):
         tiny.fit(Idle(), [ActivationDensityRegularizer(1.0)])
     tiny.fit(Idle(), [ActivationDensityRegularizer(1.0, allow_unused=True)])
+
+
+def test_up_projection_is_no_target() -> None:
+    with pytest.raises(
+        ValueError, match="'net.blocks.0.fc1' is the up-projection of 'net.blocks.0.fc2', which you may"
+    ):
+        tiny.fit(tiny.Tiny(), [ActivationDensityRegularizer(1.0, targets="fc1")])
 
 
 def test_model_without_attention_is_refused() -> None:

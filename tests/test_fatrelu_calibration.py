@@ -17,7 +17,7 @@ from lightning_reg.activations import (
     substitute_activations,
 )
 from lightning_reg.calibration import calibrate_fatrelu
-from tests.test_activations import Gated, Inline, Plain, encoder, llama
+from tests.test_activations import Gated, Inline, Plain, Two, encoder, llama
 
 
 def model_of(kind: str, seed: int = 0) -> nn.Module:
@@ -149,6 +149,22 @@ def test_functions_in_attributes_are_shifted() -> None:
     assert model.act_fn is F.relu
 
 
+class InPlace(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.w1(x))
+        hidden *= self.w3(x)
+        return self.w2(hidden)
+
+
+def test_model_that_goes_on_in_place_is_calibrated_the_same() -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    substitute_activations(model, "relu")
+    assert calibrate_fatrelu(model, batches(), target=0.3) == calibrate_fatrelu(
+        model_of("gated"), batches(), target=0.3
+    )
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +188,19 @@ def test_bad_input_leaves_the_model_alone(model: Any, data: Any, arguments: dict
         calibrate_fatrelu(model, data, **{"target": 0.1, **arguments})
     assert str(model) == described
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_activation_shared_by_two_mlps_is_refused() -> None:
+    with pytest.raises(ValueError, match="several MLPs share the activation act: give each its own"):
+        calibrate_fatrelu(Two(), batches(), target=0.1)
+
+
+def test_soft_and_per_channel_thresholds_are_not_overwritten() -> None:
+    for own in (FATReLU(torch.ones(32)), FATReLU(0.1, sharpness=3.0)):
+        model = Plain(F.relu)
+        substitute_activations(model, own)
+        with pytest.raises(ValueError, match="must have one ReLU in an attribute to shift, found FATReLU"):
+            calibrate_fatrelu(model, batches(), target=0.1)
 
 
 def test_exception_in_the_model_leaves_it_alone() -> None:

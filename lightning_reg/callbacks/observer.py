@@ -71,3 +71,11 @@ class Observer:
     def as_mask(self, mask: Tensor) -> Tensor:
         """What the batch holds, as ``see_attention`` and ``see_activations`` take it."""
         return mask.bool()
+
+
+class Prepares:
+    """A callback that changes modules, and must have done so before others look for their sites."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change what is to be changed. No-op where it is done."""
+        raise NotImplementedError

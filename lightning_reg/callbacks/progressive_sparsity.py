@@ -10,11 +10,12 @@ from typing_extensions import override
 
 from lightning_reg import activations
 from lightning_reg.activations import Activation
-from lightning_reg.callbacks.control import refuse_smooth
+from lightning_reg.callbacks.control import DensityProbe, refuse_smooth
 from lightning_reg.callbacks.observer import Mask
 from lightning_reg.callbacks.regularizer import HiddenRegularizer
 from lightning_reg.callbacks.sparse_activations import SubstitutesActivations
 from lightning_reg.capture import Targets
+from lightning_reg.engine import Engine
 from lightning_reg.losses import ActivationDensityLoss, ActivationHoyerLoss, ActivationL1Loss
 from lightning_reg.schedules import ProSparse
 
@@ -27,7 +28,8 @@ class ProgressiveSparsity(SubstitutesActivations, HiddenRegularizer):
 
     The activation of each MLP becomes ReLU when training starts. The penalty, on the *input* of each down-projection,
     follows ``schedules.ProSparse``. The substitutes stay in the model, see ``ActivationSubstitution``; afterwards
-    ``lightning_reg.calibration.calibrate_fatrelu`` shifts their thresholds.
+    ``lightning_reg.calibration.calibrate_fatrelu`` shifts their thresholds. Logs ``reg/<name>/density``, the share of
+    activations that are not 0 (after dropout, which zeroes some more).
 
     Args:
         stages: ``(end, weight)`` of each stage, as for ``schedules.ProSparse``: ends increasing, all optimizer steps
@@ -60,6 +62,7 @@ class ProgressiveSparsity(SubstitutesActivations, HiddenRegularizer):
         if substitute is not None:
             activations.make_activation(substitute)
         self.substitute, self.penalty, self.loss = substitute, penalty, _LOSSES[penalty]()
+        self._probe = DensityProbe(self, self.targets, threshold=0.0)
 
     def definition(self) -> dict[str, Any]:
         """Arguments that define the quantity."""
@@ -70,6 +73,15 @@ class ProgressiveSparsity(SubstitutesActivations, HiddenRegularizer):
         stages = zip(self.schedule.ends, self.schedule.peaks)  # type: ignore[union-attr]
         return {**super().hyperparameters(), "stages": str(list(stages))}
 
+    @override
+    def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
+        """Substitute, register with the engine, and watch the density at the steps that are logged."""
+        super().attach(model, total_steps)
+        engine = Engine.of(model)
+        if self._probe not in engine.taps:
+            self._probe = DensityProbe(self, self.targets, threshold=0.0)
+            engine.register(model, self._probe)
+
     def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
         """Down-projections of MLPs whose activation can be exactly 0.
 
@@ -78,6 +90,24 @@ class ProgressiveSparsity(SubstitutesActivations, HiddenRegularizer):
         """
         refuse_smooth(self.targets, model)
         return super().find_sites(model)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the strength of this step, and whether its density is counted."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._probe.awake = trainer._logger_connector.should_update_logs
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the density beside the penalty."""
+        density = self._probe.measured(Engine.of(pl_module)) if self._probe.awake else None
+        if density is not None:
+            pl_module.log(f"reg/{self.name}/density", density, prog_bar=True, batch_size=1)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.control import Control
-from lightning_reg.callbacks.observer import Mask, Observer
+from lightning_reg.callbacks.observer import Mask, Observer, Prepares
 from lightning_reg.capture import Targets
 from lightning_reg.engine import Engine
 from lightning_reg.schedules import Schedule, TargetController
@@ -53,8 +54,9 @@ class Regularizer(Observer, Callback):
         super().__init__()
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
             raise ValueError(f"`weight` must be a finite number >= 0, got {weight!r}. Use `objective` for a direction.")
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"`schedule` must be a lightning_reg.schedules.Schedule, got {type(schedule).__name__}.")
+        if schedule is not None and (isinstance(schedule, type) or not callable(schedule)):
+            given = f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
+            raise TypeError(f"`schedule` must be a lightning_reg.schedules.Schedule, got {given}; make an instance.")
         self.weight, self.schedule = float(weight), schedule
         self.targets = plain_targets(targets)
         self.mask, self.allow_unused, self.name = mask, allow_unused, name
@@ -82,8 +84,8 @@ class Regularizer(Observer, Callback):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""
-        schedule = None if self.schedule is None else type(self.schedule).__name__
-        return {"weight": self.weight, "schedule": schedule, **self.definition()}
+        plain = {"weight": self.weight, "targets": str(describe_targets(self.targets)), "mask": str(self.mask)}
+        return {**plain, "schedule": repr(self.schedule), **self.definition()}
 
     @override
     def observe(self, model: nn.Module, logged: Mapping[str, Any] | None = None) -> None:
@@ -114,6 +116,9 @@ class Regularizer(Observer, Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start from a clean model, also after a crashed fit."""
+        self._from_checkpoint = None
+        if self.control is not None:
+            self.control.load_state_dict(None)
         if stage == "fit" and (engine := Engine.find(pl_module)) is not None:
             engine.close()
 
@@ -121,6 +126,9 @@ class Regularizer(Observer, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach: here the model exists, however it was built."""
         self._check_checkpoint()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Prepares):
+                callback.prepare(pl_module)
         self.attach(pl_module, _total_steps(trainer, self.schedule))
         Engine.of(pl_module).wrap(pl_module)
         self.update_strength(trainer.global_step, self.total_steps)
@@ -131,6 +139,7 @@ class Regularizer(Observer, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the restored step."""
         self.total_steps = _total_steps(trainer, self.schedule)
+        self._warn_of_silence()
 
     @override
     def on_train_batch_start(
@@ -151,11 +160,29 @@ class Regularizer(Observer, Callback):
         """Unhook until the next batch, and log."""
         engine = Engine.of(pl_module)
         engine.disarm()
-        self.observe(pl_module, trainer.callback_metrics)
+        if self.control is not None:
+            self.observe(pl_module, trainer.callback_metrics if self.control.needs_logged else {})
         if self.control is not None and trainer.global_step != self.control.steps:
             self.control.step(trainer.global_step, trainer.strategy.reduce)
         if trainer._logger_connector.should_update_logs and engine.regularizers[0] is self:
             log_values(pl_module, engine)
+
+    def _warn_of_silence(self) -> None:
+        """A schedule that never starts would leave a training unregularized without a word."""
+        if self.schedule is None or self.control is not None or not self.weight or not self.total_steps:
+            return
+        steps = {round(self.total_steps * share / 100) for share in range(100)}
+        if not any(self.schedule(step, self.total_steps) for step in steps):
+            rank_zero_warn(
+                f"the schedule of {self.name} is 0 at every step of this training of {self.total_steps}, so nothing is "
+                "regularized. Train longer, or give its times as fractions of the training."
+            )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where a controller has ended."""
+        if self.control is not None:
+            self.control.warn_if_missed()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -291,7 +318,11 @@ def _total_steps(trainer: pl.Trainer, schedule: Schedule | None) -> int | None:
     if schedule is None:
         return None
     total = trainer.estimated_stepping_batches
-    return None if total in (-1, math.inf) else int(total)
+    if total in (-1, math.inf):
+        return None
+    # under manual optimization `global_step` counts every optimizer, the total one of them
+    manual = not trainer.lightning_module.automatic_optimization
+    return int(total) * (max(1, len(trainer.optimizers)) if manual and trainer.max_steps == -1 else 1)
 
 
 def plain_targets(targets: Any) -> Any:
@@ -333,3 +364,12 @@ def check_hidden_fired(name: str, taps: "list[Tap]") -> None:
             "so nothing is regularized there. Leave it out with `targets=`, set `allow_unused=True` if it runs in some "
             "steps only, and use `use_reentrant=False` if it is a compiled block inside a checkpoint."
         )
+
+
+def describe_targets(targets: Any) -> Any:
+    """Targets as plain values, for loggers and keys."""
+    if targets is None or isinstance(targets, str):
+        return targets
+    if isinstance(targets, type) or callable(targets):
+        return getattr(targets, "__qualname__", repr(targets))
+    return [describe_targets(entry) for entry in targets]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture, reparam
+from lightning_reg.callbacks.regularizer import describe_targets
 from lightning_reg.capture import Targets
 from lightning_reg.reparam import FusedQKV, Init
 
@@ -147,7 +148,7 @@ class SigmaReparam(Callback):
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""
         names = ("init", "fused_qkv", "decay_gain")
-        return {"targets": _plain(self.targets), **{name: getattr(self, name) for name in names}}
+        return {"targets": describe_targets(self.targets), **{name: getattr(self, name) for name in names}}
 
     @cached_property
     def state_key(self) -> str:  # type: ignore[override]
@@ -385,11 +386,3 @@ def _group_sizes(optimizer_state: dict[str, Any]) -> list[int]:
 
 def _raw_state(model: nn.Module, manager: str) -> dict[str, dict[str, Tensor]]:
     return {layer.key: layer.state() for layer in reparam.unique_layers(reparam.find_layers(model, manager))}
-
-
-def _plain(targets: Any) -> Any:
-    if targets is None or isinstance(targets, str):
-        return targets
-    if isinstance(targets, type) or callable(targets):
-        return getattr(targets, "__qualname__", repr(targets))
-    return [_plain(entry) for entry in targets]

@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_reg import regularize
@@ -22,10 +21,10 @@ from tests import tiny
 from tests.callbacks.test_progressive_sparsity import Smooth
 from tests.test_engine import assert_untouched
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*missed its target")
 
 
-GENTLE = {"start": 1.0, "ramp": 0.5, "smoothing": 0.5, "maximum": 10.0, "gain": 1.0, "integral_time": 4}
+GENTLE = {"start": 1.0, "ramp": 5, "smoothing": 0.5, "maximum": 10.0, "gain": 1.0, "integral_time": 4}
 
 
 def l1(target: float = 0.3, **arguments: Any) -> ActivationL1Regularizer:
@@ -144,27 +143,60 @@ def test_compiled_blocks_are_measured() -> None:
     assert tiny.distance(compiled, tiny.fit(Smooth(), [ActivationSubstitution(), l1()])) <= 1e-6
 
 
-class Ranks(pl.Callback):
-    """Fails unless both processes hold the same weight after every step."""
+def test_resume_between_two_updates_is_bit_exact(tmp_path: Path) -> None:
+    def run(checkpoint: str | None) -> Tensor:
+        module = Smooth(batches=1)  # one batch an epoch: a checkpoint of an epoch lies between two updates
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [ActivationSubstitution(), l1(every=4, ramp=2)] + ([] if checkpoint else [keep])
+        tiny.trainer(callbacks, max_epochs=9, enable_checkpointing=checkpoint is None).fit(module, ckpt_path=checkpoint)
+        return tiny.parameters(module)
 
-    def __init__(self, regularizer: Any) -> None:
-        self.regularizer = regularizer
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        weight = torch.tensor(self.regularizer.schedule(0), dtype=torch.float64)
-        both = [torch.zeros_like(weight) for _ in range(2)]
-        torch.distributed.all_gather(both, weight)
-        own = torch.tensor(self.regularizer.control.controller.average, dtype=torch.float64)
-        assert torch.equal(*both), both
-        assert own > 0
+    assert torch.equal(run(None), run(str(tmp_path / "epoch=5.ckpt")))
 
 
-@pytest.mark.distributed
-@pytest.mark.filterwarnings("ignore:.*use_distributed_sampler.*", "ignore:.*multi-threaded, use of fork.*")
-def test_both_processes_hold_the_same_weight() -> None:
-    regularizer = l1()
-    ddp = DDPStrategy(process_group_backend="gloo", start_method="fork")
-    tiny.fit(Smooth(), [ActivationSubstitution(), regularizer, Ranks(regularizer)], devices=2, strategy=ddp)
+def test_density_before_the_activation_is_that_of_the_targets() -> None:
+    controller = TargetController(0.3, smoothing=0.0, **{k: v for k, v in GENTLE.items() if k != "smoothing"})
+    only = ActivationL1Regularizer(1e-9, role="mlp_pre_activation", targets="1.act_fn", schedule=controller)
+    module, watch = Smooth(batches=1), []
+
+    class Second(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            first, second = pl_module.net.blocks
+            x = first(batch[0])
+            watch.append((second.fc1(x + second.attention(x)) > 0).float().mean().item())
+
+    tiny.fit(module, [ActivationSubstitution(), only, Second()])
+    assert controller.average == pytest.approx(watch[0], rel=1e-6)
+
+
+def test_skipped_batches_are_not_measured_twice() -> None:
+    taken: list[int] = []
+
+    class Counting(TargetController):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            taken.append(1)
+            super().update(*args, **kwargs)
+
+    controller = Counting(0.5, quantity="value", ramp=0, maximum=2.0, start=1.0)
+    tiny.fit(tiny.Tiny(returns="none"), [AttentionEntropyRegularizer(1.0, objective="minimize", schedule=controller)])
+    assert len(taken) == 6  # two of eight batches return None
+
+
+def test_missed_target_is_reported_with_numbers() -> None:
+    with pytest.warns(UserWarning, match=r"activation_l1 missed its target: density is 0\.\d+ instead of 0.01 after 8"):
+        tiny.fit(Smooth(), [ActivationSubstitution(), l1(0.01)])
+
+
+class Logged(Smooth):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", 2.0)
+
+
+def test_quantity_of_the_validation_can_be_controlled() -> None:
+    controller = TargetController(1.0, quantity="val", ramp=0, smoothing=0.0, maximum=2.0, start=1.0)
+    callbacks = [ActivationSubstitution(), ActivationL1Regularizer(1.0, schedule=controller)]
+    tiny.fit(Logged(), callbacks, limit_val_batches=1, max_epochs=2, num_sanity_val_steps=0)
+    assert controller.average == 2.0
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -183,6 +215,27 @@ def test_quantity_that_is_never_logged_is_named() -> None:
     with pytest.raises(RuntimeError, match="`quantity='val/acc'` of the controller of activation_l1 was never logged"):
         tiny.fit(module, [ActivationSubstitution(), l1(quantity="val/acc")])
     assert_untouched(module)
+
+
+def test_inline_smooth_activation_is_noticed_in_the_first_step() -> None:
+    module = tiny.Tiny()
+    with pytest.raises(RuntimeError, match="the density of activation_l1 is 1.0000 in the first step"):
+        tiny.fit(module, [l1()])
+    assert_untouched(module)
+
+
+def test_controller_of_two_regularizers_is_refused() -> None:
+    controller = TargetController(0.3, ramp=1)
+    both = [ActivationL1Regularizer(1.0, schedule=controller), ActivationHoyerRegularizer(1.0, schedule=controller)]
+    with pytest.raises(ValueError, match="has another regularizer too: make two of them"):
+        tiny.fit(Smooth(), [ActivationSubstitution(), *both])
+
+
+def test_logged_quantity_needs_a_trainer() -> None:
+    module = Smooth()
+    with regularize(module, [ActivationSubstitution(), l1(quantity="loss")], total_steps=8) as reg:
+        with pytest.raises(ValueError, match="`quantity='loss'` is logged by a Trainer; without one use 'density'"):
+            reg.add(module.loss(next(iter(tiny.loader(1)))[0]))
 
 
 def test_density_of_attention_is_refused() -> None:

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from lightning_reg import regularize
 from lightning_reg.activations import FATReLU, activation_record, fold_activations, load_activations
+from lightning_reg.calibration import calibrate_fatrelu
 from lightning_reg.callbacks import ActivationL1Regularizer, ActivationSubstitution, ProgressiveSparsity
 from lightning_reg.engine import Engine
+from lightning_reg.schedules import TargetController
 from tests import tiny
 from tests.test_engine import DIFFERENT, EXACT, assert_untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:.*missed its target")]
 
 STAGES = [(2, 0.0), (4, 1.0), (8, 5.0)]
 
@@ -89,6 +93,25 @@ def test_penalty_is_the_callback_of_that_name(penalty: str) -> None:
     assert logged["reg/progressive_sparsity/value"] > 0
     ratio = logged["reg/progressive_sparsity/weighted"] / logged["reg/progressive_sparsity/value"]
     assert ratio.item() == pytest.approx(2.0, rel=1e-5)
+
+
+def test_density_is_logged_beside_the_penalty() -> None:
+    callback = ProgressiveSparsity([(4, 0.0), (8, 1e-9)])
+    trainer = tiny.trainer([callback], log_every_n_steps=2)
+    module, seen = Smooth(batches=2), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            x, shares = batch[0], []
+            for block in pl_module.net.blocks:
+                x = x + block.attention(x)
+                shares.append((block.hidden(x, F.relu) != 0).float().mean().item())
+                x = x + block.fc2(block.hidden(x, F.relu))
+            seen.append(sum(shares) / len(shares))
+
+    trainer.callbacks.append(Watch())
+    trainer.fit(module)
+    assert trainer.logged_metrics["reg/progressive_sparsity/density"].item() == pytest.approx(seen[1], rel=1e-6)
 
 
 CALLBACKS = {
@@ -212,6 +235,80 @@ def test_handwritten_loop() -> None:
     assert type(module.net.blocks[0].act_fn) is nn.ReLU
 
 
+def test_evaluation_of_a_model_that_was_trained_otherwise_leaves_it_alone() -> None:
+    module = Smooth()
+    tiny.fit(module)
+    trainer = tiny.trainer([ActivationSubstitution()], limit_val_batches=1)
+    trainer.validate(module, verbose=False)
+    assert module.net.blocks[0].act_fn is F.gelu
+
+
+def test_thresholds_survive_a_test_after_folding_and_a_crash_of_another_fit() -> None:
+    module, callback = Smooth(), ProgressiveSparsity(STAGES)
+    trainer = tiny.trainer([callback], limit_val_batches=1)
+    trainer.fit(module)
+    calibrate_fatrelu(module, [next(iter(tiny.loader(1)))[0]], target=0.5)
+    thresholds = activation_record(module)
+    with pytest.raises(KeyError, match="crash"):
+        tiny.fit(module, [ProgressiveSparsity(STAGES), Crash(0)])
+    assert activation_record(module) == thresholds
+    fold_activations(module)
+    trainer.validate(module, verbose=False)
+    assert all(type(block.act_fn) is nn.Threshold for block in module.net.blocks)
+
+
+def test_nothing_of_a_checkpoint_enters_a_later_fit(tmp_path: Path) -> None:
+    module, callback = Smooth(), ProgressiveSparsity(STAGES)
+    trainer = tiny.trainer([callback], limit_val_batches=1)
+    trainer.fit(module)
+    calibrate_fatrelu(module, [next(iter(tiny.loader(1)))[0]], target=0.5)
+    trainer.save_checkpoint(tmp_path / "shifted.ckpt")
+    trainer.validate(module, ckpt_path=str(tmp_path / "shifted.ckpt"), verbose=False)
+    wanted = tiny.fit(Smooth(), [ProgressiveSparsity(STAGES)])
+    assert torch.equal(tiny.fit(Smooth(), [callback]), wanted)
+
+
+class Mine(nn.ReLU):
+    pass
+
+
+def test_module_of_ones_own_is_resumed_and_tested_from_its_checkpoint(tmp_path: Path) -> None:
+    whole, checkpoint = saved(tmp_path, ActivationSubstitution(Mine()))
+    resumed = Smooth(optimizer="adam")
+    trainer = tiny.trainer([ActivationSubstitution(Mine())], max_epochs=2, limit_val_batches=1)
+    trainer.fit(resumed, ckpt_path=checkpoint)
+    assert torch.equal(tiny.parameters(resumed), tiny.parameters(whole))
+    trainer.validate(resumed, ckpt_path=checkpoint, verbose=False)
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["init", "configure_model"])
+def test_penalties_find_the_substitutes_also_when_resumed(built: bool, tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        before = ActivationL1Regularizer(0.1, role="mlp_pre_activation", name="before")
+        density = ActivationL1Regularizer(1.0, schedule=TargetController(0.4), name="density")
+        return [before, density, ActivationSubstitution()]
+
+    module = Built() if built else Smooth()
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    tiny.trainer([*callbacks(), keep], max_epochs=1, enable_checkpointing=True).fit(module)
+    fresh = Built() if built else Smooth()
+    tiny.trainer(callbacks(), max_epochs=2).fit(fresh, ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    assert type(fresh.net.blocks[0].act_fn) is nn.ReLU
+
+
+def test_keys_do_not_depend_on_the_process() -> None:
+    def second(name: str, module: nn.Module) -> bool:
+        return name.endswith("1.fc2")
+
+    assert "0x" not in ActivationSubstitution(targets=second).state_key
+
+
+def test_substitution_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        tiny.fit(Smooth(), [ActivationSubstitution("topk")])
+    assert "ActivationSubstitution: TopK in place of the activations of 2 MLPs (net.blocks.0.act_fn, " in caplog.text
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +341,15 @@ def test_smooth_activation_is_refused_with_the_remedy(gated: bool, name: str) ->
     smooth = pytest.raises(ValueError, match="is never exactly 0")
     with smooth:
         tiny.fit(module, [ProgressiveSparsity(STAGES, substitute=nn.Tanh())])
+
+
+def test_two_substitutions_of_one_activation_are_refused() -> None:
+    module = Smooth()
+    with pytest.raises(ValueError, match="both substitute 'net.blocks.0.act_fn'.*do not overlap"):
+        tiny.fit(module, [ActivationSubstitution("relu2"), ProgressiveSparsity(STAGES)])
+    assert module.net.blocks[0].act_fn is F.gelu
+    halves = [ActivationSubstitution("relu2", targets="0.fc2"), ProgressiveSparsity(STAGES, targets="1.fc2")]
+    tiny.fit(module, halves)
 
 
 def test_model_without_mlp_is_refused() -> None:
@@ -292,4 +398,9 @@ def test_checkpoint_with_another_penalty_or_activation_is_refused(tmp_path: Path
         module = Smooth()
         with pytest.raises(ValueError, match=f"`{name}` of ProgressiveSparsity"):
             tiny.trainer([ProgressiveSparsity(STAGES, **arguments)], max_epochs=2).fit(module, ckpt_path=checkpoint)
-        assert module.net.blocks[0].act_fn is F.gelu
+        # the checkpoint's weights are in the model, and so is their activation
+        assert type(module.net.blocks[0].act_fn) is nn.ReLU
+    module = Smooth()
+    _, other = saved(tmp_path / "other", ActivationSubstitution("relu"))
+    with pytest.raises(ValueError, match="`activation` of ActivationSubstitution is 'relu2', but the checkpoint was"):
+        tiny.trainer([ActivationSubstitution("relu2")], max_epochs=2).fit(module, ckpt_path=other)
