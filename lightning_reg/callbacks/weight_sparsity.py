@@ -22,7 +22,16 @@ from lightning_reg.callbacks.regularizer import _total_steps, plain_targets
 from lightning_reg.capture import Targets
 from lightning_reg.functional.weight_sparsity import check_sparsity, rigl_share
 from lightning_reg.pruning import Method, Pruner, Scope
-from lightning_reg.schedules import Constant, Cubic, Linear, MultiStep, Schedule, _check_time, _in_steps
+from lightning_reg.schedules import (
+    Constant,
+    Cubic,
+    Linear,
+    MultiStep,
+    Schedule,
+    TargetController,
+    _check_time,
+    _in_steps,
+)
 
 Ramp = Literal["cubic", "linear", "constant"]
 _BEGIN, _END = 0, 0.75
@@ -149,8 +158,11 @@ class WeightSparsity(Callback):
                     f"`schedule` must be one of {', '.join(map(repr, get_args(Ramp)))} or a Schedule, got "
                     f"{self.schedule!r}. For steps give `lightning_reg.schedules.MultiStep(milestones, values)`."
                 )
-        elif not callable(self.schedule):
-            raise TypeError(f"`schedule` must be a name or a Schedule, got {type(self.schedule).__name__}.")
+        elif isinstance(self.schedule, (type, TargetController)) or not callable(self.schedule):
+            raise TypeError(
+                f"`schedule` must be a name or a Schedule that follows from the step, got {self.schedule!r}. A "
+                "`TargetController` moves the weight of a penalty."
+            )
         elif self.method != "rigl" and (self.begin, self.end) != (_BEGIN, _END):
             raise ValueError(
                 f"`begin={self.begin}` and `end={self.end}` belong to a named schedule, got a "
@@ -223,7 +235,7 @@ class WeightSparsity(Callback):
         self._check_overlap(trainer, pruner)
         self._check_checkpoint(pruner)
         self._pruner = pruner
-        names = ", ".join(weight.label for weight in pruner.weights)
+        names = ", ".join(weight.label for weight in pruner.weights[:3]) + (", ..." if len(pruner.weights) > 3 else "")
         rank_zero_info(f"WeightSparsity prunes {sum(pruner.sizes)} elements in {len(pruner.weights)} weights: {names}.")
         for logger in trainer.loggers:
             logger.log_hyperparams({f"reg/{self.name}/{key}": value for key, value in self.hyperparameters().items()})

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -251,10 +252,12 @@ def test_floor_follows_the_role_unless_it_is_given(kind: type) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_a_checkpoint_of_another_quantity_is_refused(saved: Any, resumed: Any, argument: str) -> None:
-    resumed.load_state_dict(saved.state_dict())
+def test_a_checkpoint_of_another_quantity_is_refused(saved: Any, resumed: Any, argument: str, tmp_path: Path) -> None:
+    trainer = tiny.trainer([saved])
+    trainer.fit(tiny.Tiny(batches=1))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
     with pytest.raises(ValueError, match=rf"`{argument}` of .* but the checkpoint was trained with"):
-        tiny.fit(tiny.Tiny(), [resumed])
+        tiny.trainer([resumed], max_epochs=2).fit(tiny.Tiny(batches=1), ckpt_path=str(tmp_path / "saved.ckpt"))
 
 
 @pytest.mark.parametrize("make", [ChunkDensityRegularizer, ActivationLocalityRegularizer, TemporalDeltaRegularizer])

@@ -69,7 +69,7 @@ def test_summary_holds_the_last_values(run: Run, monitor: RegMonitor) -> None:
 def test_config_holds_the_arguments_of_every_callback(run: Run) -> None:
     wanted = {
         "reg/attention_entropy/weight": 2.0,
-        "reg/attention_entropy/schedule": "Cosine",
+        "reg/attention_entropy/schedule": "Cosine(start=1.0, end=0.0, begin=0, duration=1.0)",
         "reg/attention_entropy/objective": "maximize",
         "reg/activation_density/weight": 0.5,
         "reg/activation_density/epsilon": 0.01,

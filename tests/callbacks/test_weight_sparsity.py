@@ -1026,7 +1026,7 @@ def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_schedule_must_be_callable() -> None:
-    with pytest.raises(TypeError, match="`schedule` must be a name or a Schedule, got float"):
+    with pytest.raises(TypeError, match="`schedule` must be a name or a Schedule that follows from the step, got 0.5"):
         WeightSparsity(0.5, schedule=0.5)  # type: ignore[arg-type]
 
 
