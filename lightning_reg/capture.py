@@ -195,7 +195,7 @@ def select_mlps(targets: Targets, model: nn.Module) -> list[Mlp]:
             )
         return list(found.values())
     above = {up: mlp.down for mlp in found.values() for up in mlp.ups}
-    for name in selected:
+    for name in sorted(selected):
         if name in above and name not in found:
             raise ValueError(
                 f"`targets` must name down-projections, whose input is regularized; {name!r} is the up-projection of "
