@@ -1,10 +1,12 @@
 """Finds the places a regularizer acts on, and sees what passes there: the only code that hooks or patches.
 
-Three roles so far. ``mlp_hidden`` is the input of an MLP's down-projection, so the gated product where there is a gate.
+Six roles. ``mlp_hidden`` is the input of an MLP's down-projection, so the gated product where there is a gate.
 ``mlp_pre_activation`` is what enters its activation: the input of that module, or the output of the projection before
-it where the activation is a function. ``attention`` is caught where it is computed: while a training batch is in
-flight, ``F.scaled_dot_product_attention`` and ``softmax`` are replaced, in every spelling, by versions that look at the
-innermost module running and, if a regularizer wants it, show the queries and keys, or the scores, to the engine.
+it where the activation is a function. ``logits`` is the output of a model's head, ``module`` that of any module.
+``attention`` (entropy of rows) and ``attention_scores`` (all that enters an attention) are caught where attention is
+computed: while a training batch is in flight, ``F.scaled_dot_product_attention`` and ``softmax`` are replaced, in
+every spelling, by versions that look at the innermost module running and, if a regularizer wants it, show the queries
+and keys, or the scores, to the engine.
 Hooks are module-level functions that read the ``Site`` stored on the module: nothing about a site is baked into
 compiled code, so compiled blocks still share it.
 """
@@ -13,7 +15,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
+
+from lightning_reg.functional.attention_entropy import MASKED_BIAS
 
 if TYPE_CHECKING:
     from lightning_reg.engine import Engine, Tap
@@ -42,6 +46,7 @@ _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 _WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "CheckpointWrapper")
 _ATTENTION_PATH = re.compile(r"(^|\.)\w*(attn|attention|mha)(\.|$)", re.IGNORECASE)
+_HEAD_GETTERS = ("get_output_embeddings", "get_classifier")
 _NEVER_ACTIVATION = (
     nn.Identity, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.MultiheadAttention, nn.LayerNorm,
     nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, torchmetrics.Metric,
@@ -212,6 +217,34 @@ def select_mlps(targets: Targets, model: nn.Module) -> list[Mlp]:
     return [found.get(name) or Mlp("", (), name, ()) for name in modules if name in selected]
 
 
+def select_heads(targets: Targets, model: nn.Module) -> list[str]:
+    """Modules whose output are logits: those ``targets`` selects, the model's own heads when it is left out.
+
+    What a Hugging Face model returns from ``get_output_embeddings`` or a timm model from ``get_classifier``; else the
+    last linear map outside attention and MLPs, or of all. Heads that are not trained are left out.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    modules = named_modules(model)
+    selected = explicit_targets(targets, model)
+    if selected is not None:
+        return [name for name in modules if name in selected]
+    names = {id(module): name for name, module in modules.items()}
+    asked = (getattr(module, way, None) for module in modules.values() for way in _HEAD_GETTERS)
+    given = [getattr(get(), "_orig_mod", get()) for get in asked if callable(get)]
+    heads = [names[id(head)] for head in given if id(head) in names and any(True for _ in head.parameters())]
+    if not heads:
+        linear = [name for name, module in modules.items() if projection_sizes(module)]
+        inner = {part for mlp in find_mlps(model) for part in (*mlp.ups, mlp.down)}
+        outer = [name for name in linear if name not in inner and not _ATTENTION_PATH.search(f".{name}")]
+        heads = (outer or linear)[-1:]
+    trained = [name for name in dict.fromkeys(heads) if any(p.requires_grad for p in modules[name].parameters())]
+    if not (trained or heads):
+        raise ValueError("no output head was found: the model has no linear map. Name it with `targets=`.")
+    return trained or heads
+
+
 def pre_activation_site(root: nn.Module, mlp: Mlp) -> str:
     """Name of the module where the pre-activation of an MLP passes: its activation, or the projection before it.
 
@@ -363,6 +396,87 @@ def broadcast_leading(query: Tensor, key: Tensor, enable_gqa: bool) -> tuple[Ten
     return query.expand(*lead, *query.shape[-own:]), key.expand(*lead, *key.shape[-own:])
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention as it is computed: queries and keys, or scores.
+
+    Args:
+        site: Name of the module in whose forward it is computed.
+        module: That module.
+        query: (batch, heads, queries, dim) or fewer axes, after rotary embedding and QK-norm; None for ``scores``.
+        key: (batch, heads, keys, dim), or fewer heads with ``enable_gqa``.
+        attn_mask: Boolean (True = visible) or additive, broadcastable to (batch, heads, queries, keys).
+        is_causal: Query i sees keys 0..i.
+        scale: Factor on the scores, ``dim ** -0.5`` when None.
+        enable_gqa: Share each key head among ``heads / key_heads`` query heads.
+        scores: What enters a softmax; values at or below ``MASKED_BIAS`` are hidden keys. None for ``query``.
+        dim: Axis of the keys in ``scores``.
+    """
+
+    site: str
+    module: nn.Module
+    query: Tensor | None = None
+    key: Tensor | None = None
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    scores: Tensor | None = None
+    dim: int = -1
+
+    def describe(self) -> tuple[str, str]:
+        """Shape, and where it was caught."""
+        if self.scores is not None:
+            return str(tuple(self.scores.shape)), f"softmax over axis {self.dim}"
+        assert self.query is not None
+        assert self.key is not None
+        return f"{tuple(self.query.shape)} x {tuple(self.key.shape)}", "scaled_dot_product_attention"
+
+    def detach(self) -> "AttentionCall":
+        """The same without gradient."""
+        tensors = ("query", "key", "attn_mask", "scores")
+        found = {name: tensor.detach() for name in tensors if (tensor := getattr(self, name)) is not None}
+        return replace(self, **found)
+
+    def valid_rows(self, tokens: Tensor | None = None) -> Tensor | None:
+        """Rows that are no padding, broadcastable to (batch, heads, queries); None when all count.
+
+        Args:
+            tokens: Valid tokens of the batch, (batch, queries).
+        """
+        if self.scores is not None:
+            scores = self.scores.detach()
+            square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2] and self.dim in (-1, 3)
+            valid = padding_free(scores > MASKED_BIAS, scores.shape[-1]) if square else None
+            like = scores.select(self.dim, 0)
+        else:
+            assert self.query is not None
+            valid = visible_padding(self.query, self.key, self.attn_mask)
+            like = self.query[..., 0]
+        return and_tokens(valid, tokens, like)
+
+
+def visible_padding(query: Tensor, key: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
+    """``padding_free`` of an attention's arguments."""
+    if attn_mask is None or key is None or query.shape[-2] != key.shape[-2]:
+        return None
+    shown = attn_mask if attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
+    return padding_free(shown, key.shape[-2])
+
+
+def and_tokens(valid: Tensor | None, tokens: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Valid ones among ``rows`` (batch, heads, queries), from the mask and from the batch's valid tokens."""
+    if tokens is None:
+        return valid
+    if tokens.shape != (rows.shape[0], rows.shape[-1]):
+        raise ValueError(
+            f"`mask` must be (batch, queries) = {(rows.shape[0], rows.shape[-1])} for attention, "
+            f"got {tuple(tokens.shape)}."
+        )
+    counted = tokens.bool().view(tokens.shape[0], *(1,) * (rows.dim() - 2), tokens.shape[1])
+    return counted if valid is None else counted & valid
+
+
 def padding_free(shown: Tensor, rows: int) -> Tensor | None:
     """Queries that are no padding, (batch, heads, queries), from what each sees, (batch, heads, queries, keys).
 
@@ -373,6 +487,15 @@ def padding_free(shown: Tensor, rows: int) -> Tensor | None:
 
 # --- sites -----------------------------------------------------------------------------------------------------------
 
+_ROLES = {  # attribute of a site that holds the taps of a role
+    "attention": "attention",
+    "attention_scores": "scores",
+    "mlp_hidden": "hidden",
+    "mlp_pre_activation": "pre_activation",
+    "logits": "logits",
+    "module": "output",
+}
+
 
 class Site:
     """A module some regularizer looks at: its taps by role. A deep copy of the module (an averaged model) gets none."""
@@ -381,19 +504,22 @@ class Site:
         self.name, self.label = name, name or type(module).__name__
         self.engine: Engine | None = engine
         self.attention: list[Tap] = []
+        self.scores: list[Tap] = []
         self.hidden: list[Tap] = []
         self.pre_activation: list[Tap] = []
+        self.logits: list[Tap] = []
+        self.output: list[Tap] = []
         self.explicit = False  # the user named it: any softmax in its forward is attention
         self.path = f"{name} {type(module).__name__}"
 
     @property
     def awake(self) -> bool:
         """Whether any tap is to see this step."""
-        return any(tap.awake for taps in (self.attention, self.hidden, self.pre_activation) for tap in taps)
+        return any(tap.awake for attribute in _ROLES.values() for tap in getattr(self, attribute))
 
     def __deepcopy__(self, memo: dict) -> "Site":
         copy = Site.__new__(Site)
-        copy.__dict__.update(self.__dict__, engine=None, attention=[], hidden=[], pre_activation=[])
+        copy.__dict__.update(self.__dict__, engine=None, **{attribute: [] for attribute in _ROLES.values()})
         return copy
 
     def __reduce__(self) -> tuple:
@@ -401,7 +527,7 @@ class Site:
 
     def taps(self, role: str) -> "list[Tap]":
         """Those of a role."""
-        return {"attention": self.attention, "mlp_hidden": self.hidden, "mlp_pre_activation": self.pre_activation}[role]
+        return getattr(self, _ROLES[role])
 
     def takes_softmax(self, scores: Tensor, dim: int) -> bool:
         """Whether a softmax in this module's forward is attention rather than class probabilities or routing."""
@@ -440,11 +566,17 @@ def _show_input(module: nn.Module, args: tuple) -> tuple | None:
     return (site.engine.observe_activations(site, taps, args[0], "input"), *args[1:]) if taps else None
 
 
-def _show_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+def _show_output(module: nn.Module, args: tuple, output: Any) -> Any:
     site = getattr(module, SITE)
-    if site.engine is None or not module.training or not site.pre_activation:
+    if site.engine is None or not module.training:
         return None
-    return site.engine.observe_activations(site, site.pre_activation, output, "output")
+    if site.pre_activation and projection_sizes(module):
+        output = site.engine.observe_activations(site, site.pre_activation, output, "output")
+    if site.logits:
+        output = site.engine.observe_activations(site, site.logits, output, "output")
+    if site.output:
+        output = site.engine.observe_output(site, output)
+    return output
 
 
 def attach_hooks(sites: Iterable[tuple[nn.Module, Site]]) -> list[Any]:
@@ -455,13 +587,13 @@ def attach_hooks(sites: Iterable[tuple[nn.Module, Site]]) -> list[Any]:
     """
     handles = []
     for module, site in sites:
-        if site.attention:
+        if site.attention or site.scores:
             handles.append(module.register_forward_pre_hook(_enter))
             handles.append(module.register_forward_hook(_leave))
         projection = projection_sizes(module) is not None
         if site.hidden or (site.pre_activation and not projection):
             handles.append(module.register_forward_pre_hook(_show_input))
-        if site.pre_activation and projection:
+        if site.logits or site.output or (site.pre_activation and projection):
             handles.append(module.register_forward_hook(_show_output))
     return handles
 
@@ -488,7 +620,7 @@ def _current_site(softmax: bool = False) -> Site | None:
         module = _module_on_stack()
         entered = in_backward()
     site = None if module is None or not module.training else getattr(module, SITE, None)
-    if site is None or not site.attention:
+    if site is None or not (site.attention or site.scores):
         return None
     # a softmax written in training_step itself is a prediction, unless the user named the LightningModule
     return None if softmax and not (entered or site.name or site.explicit) else site

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_reg import capture
 from lightning_reg.functional.attention_entropy import MASKED_BIAS, attention_tap, entropy_tap, scores_tap
@@ -46,6 +47,7 @@ class Tap:
     def __init__(self, site: capture.Site, regularizer: "Observer") -> None:
         self.site, self.regularizer = site, regularizer
         self.records: list[tuple[Tensor | None, Tensor]] = []  # (penalty, value) of each call
+        self.factor = regularizer.layer_factor(site.name)  # on the penalty of this layer
         self.live = True  # the weight is not 0
         self.awake = True  # the site is shown to it at this step
         self.dropped = False  # never shown to it again
@@ -227,7 +229,7 @@ class Engine:
         # compiled code does not notice that hooks come and go: there they stay, and ask whether a tap is awake
         sites = [entry for entry in self.sites.values() if self._compiled or entry[1].awake]
         self._handles = capture.attach_hooks(sites)
-        if any(site.attention for _, site in sites):
+        if any(site.attention or site.scores for _, site in sites):
             capture.watch_attention(self)
 
     def disarm(self) -> None:
@@ -278,7 +280,7 @@ class Engine:
             tap.collected, tap.expected = len(tap.records) - tap.deferred, tap.deferred
             tap.injected = tap.deferred = 0
             self._check_gradient(tap)
-            penalties += [penalty.to(device) for penalty, _ in tap.records if penalty is not None]
+            penalties += [_times(penalty.to(device), tap.factor) for penalty, _ in tap.records if penalty is not None]
             if tap.records:
                 values += [value.to(device) for _, value in tap.records]
                 layers[tap.site.label] = tap.records[-1][1]
@@ -343,12 +345,12 @@ class Engine:
         arguments: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         mode = self._mode()
         self._note_compiling()
-        groups = [] if mode is Mode.SKIP or not site.awake else list(_by_top_k(site.attention))
-        if groups:
+        awake = mode is not Mode.SKIP and site.awake
+        groups = list(_by_top_k(site.attention)) if awake else []
+        if awake:
             query, key = capture.broadcast_leading(query, key, enable_gqa)
-        shown = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask > MASKED_BIAS
-        square = groups and query.shape[-2] == key.shape[-2]
-        valid = capture.padding_free(shown, key.shape[-2]) if square and shown is not None else None
+            query = self._see_call(mode, site, query, key=key, attn_mask=attn_mask, **arguments)
+        valid = capture.visible_padding(query, key, attn_mask) if groups else None
         last = next((taps for taps in reversed(groups) if any(tap.live for tap in taps)), None)
         output = None
         for taps in groups:
@@ -382,7 +384,9 @@ class Engine:
         if mode is Mode.SKIP or not site.awake:
             # not `torch.softmax`, which is watched and would come back here
             return capture.plain_softmax(scores, dim, dtype)
-        square = scores.dim() == 4 and scores.shape[-1] == scores.shape[-2] and dim in (-1, 3)
+        if site.scores:
+            scores = self._see_call(mode, site, scores, query=None, scores=scores, dim=dim)
+        square = site.attention and scores.dim() == 4 and scores.shape[-1] == scores.shape[-2] and dim in (-1, 3)
         valid = capture.padding_free(scores.detach() > MASKED_BIAS, scores.shape[-1]) if square else None
         probs: Tensor | None = None
         # the live ones last: the model goes on with the probabilities of the last, joined to its entropy
@@ -401,6 +405,50 @@ class Engine:
                     tap.shape, tap.method = _sizes(scores), f"softmax over axis {dim}"
         return capture.plain_softmax(scores, dim, dtype) if probs is None else probs
 
+    def observe_output(self, site: capture.Site, output: Any) -> Any:
+        """Show what a module returns, of any structure, to its taps; returns it."""
+        mode = self._mode()
+        self._note_compiling()
+        if mode is Mode.SKIP or not site.awake:
+            return output
+        for tap in site.output:
+            if tap.live:
+                penalty, value = tap.regularizer.see_output(output, tap.mask)
+                output = self._record_output(mode, tap, output, penalty, value)
+            elif mode is not Mode.REPEAT and tap.awake:
+                with torch.no_grad():
+                    _, value = tap.regularizer.see_output(output, tap.mask)
+                self._record(mode, tap, (), None, value)
+            if not torch.compiler.is_compiling() and not tap.shape:
+                tap.shape, tap.method = _sizes(output) if isinstance(output, Tensor) else "", "output"
+        return output
+
+    def _record_output(self, mode: Mode, tap: Tap, output: Any, penalty: Tensor | None, value: Tensor) -> Any:
+        if mode is not Mode.REPEAT:
+            self._record(mode, tap, (), penalty, value)
+            return output
+        leaves, structure = tree_flatten(output)
+        place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        (leaves[place],) = self._record(mode, tap, (leaves[place],), penalty, value)
+        return tree_unflatten(leaves, structure)
+
+    def _see_call(self, mode: Mode, site: capture.Site, tensor: Tensor, **arguments: Any) -> Tensor:
+        """Show a whole attention to its taps; returns ``tensor``, its queries or scores."""
+        if not site.scores:
+            return tensor
+        call = capture.AttentionCall(site.name, self.sites[site.name][0], **{"query": tensor, **arguments})
+        for tap in site.scores:
+            if tap.live:
+                penalty, value = tap.regularizer.see_scores(call, tap.mask)
+                (tensor,) = self._record(mode, tap, (tensor,), penalty, value)
+            elif mode is not Mode.REPEAT and tap.awake:
+                with torch.no_grad():
+                    _, value = tap.regularizer.see_scores(call.detach(), tap.mask)
+                self._record(mode, tap, (), None, value)
+            if not torch.compiler.is_compiling() and not tap.shape:
+                tap.shape, tap.method = call.describe()
+        return tensor
+
     def _see_entropy(
         self, mode: Mode, taps: list[Tap], tensors: tuple[Tensor, ...], entropy: Tensor, visible: Tensor | int,
         valid: Tensor | None,
@@ -409,7 +457,9 @@ class Engine:
             if not tap.live and (mode is Mode.REPEAT or not tap.awake):
                 continue
             rows = entropy if tap.live else entropy.detach()
-            penalty, value = tap.regularizer.see_attention(rows, visible, _and_tokens(valid, tap.mask, rows))
+            counted = capture.and_tokens(valid, tap.mask, rows)
+            where = {"site": tap.site.label} if tap.regularizer.per_site else {}
+            penalty, value = tap.regularizer.see_attention(rows, visible, counted, **where)
             tensors = self._record(mode, tap, tensors, penalty if tap.live else None, value)
         return tensors
 
@@ -438,7 +488,8 @@ class Engine:
         if penalty is None or tap.injected >= tap.expected or (tap.collected and not _in_reentrant_checkpoint()):
             return tensors
         tap.injected += 1
-        return (_Inject.apply(tensors[0], penalty, self, tap.regularizer.coefficient), *tensors[1:])
+        coefficient = _times(tap.regularizer.coefficient, tap.factor)
+        return (_Inject.apply(tensors[0], penalty, self, coefficient), *tensors[1:])
 
     # --- loud failure ---
 
@@ -581,17 +632,8 @@ def _by_top_k(taps: list[Tap]) -> Iterator[list[Tap]]:
             start = end
 
 
-def _and_tokens(valid: Tensor | None, tokens: Tensor | None, entropy: Tensor) -> Tensor | None:
-    """Valid rows of ``entropy`` (batch, heads, queries), from the mask and from the batch's valid tokens."""
-    if tokens is None:
-        return valid
-    if tokens.shape != (entropy.shape[0], entropy.shape[-1]):
-        raise ValueError(
-            f"`mask` must be (batch, queries) = {(entropy.shape[0], entropy.shape[-1])} for attention, "
-            f"got {tuple(tokens.shape)}."
-        )
-    rows = tokens.bool().view(tokens.shape[0], *(1,) * (entropy.dim() - 2), tokens.shape[1])
-    return rows if valid is None else rows & valid
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else tensor * factor
 
 
 def _inside_function() -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import HiddenRegularizer
+from lightning_reg.callbacks.regularizer import HiddenRegularizer, LayerWeights
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationDensityLoss
 from lightning_reg.schedules import Schedule
@@ -21,6 +21,7 @@ class ActivationDensityRegularizer(HiddenRegularizer):
         relative: Scale ``epsilon`` by the mean square of the activations.
         targets: Down-projections; all MLPs when left out.
         schedule: Factor on ``weight`` over the training.
+        layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
         mask: Key or index of the batch's valid tokens (batch, tokens), or a function of the batch.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
         name: Name in logs and checkpoints.
@@ -34,11 +35,20 @@ class ActivationDensityRegularizer(HiddenRegularizer):
         relative: bool = False,
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "activation_density",
     ) -> None:
-        super().__init__(weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name)
+        super().__init__(
+            weight,
+            targets=targets,
+            schedule=schedule,
+            layer_weights=layer_weights,
+            mask=mask,
+            allow_unused=allow_unused,
+            name=name,
+        )
         self.loss = ActivationDensityLoss(epsilon, relative=relative)
 
     def definition(self) -> dict[str, Any]:

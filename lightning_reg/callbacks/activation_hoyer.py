@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_reg.callbacks.activation_l1 import Floor, floor_of
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import HiddenRegularizer, Role
+from lightning_reg.callbacks.regularizer import HiddenRegularizer, LayerWeights, Role
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationHoyerLoss
 from lightning_reg.schedules import Schedule
@@ -23,6 +23,7 @@ class ActivationHoyerRegularizer(HiddenRegularizer):
         role: ``"mlp_hidden"`` is the input of the down-projection, ``"mlp_pre_activation"`` what enters the activation.
         targets: Down-projections; all MLPs when left out.
         schedule: Factor on ``weight`` over the training.
+        layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
         mask: Key or index of the batch's valid tokens (batch, tokens), or a function of the batch.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
         name: Name in logs and checkpoints.
@@ -36,12 +37,20 @@ class ActivationHoyerRegularizer(HiddenRegularizer):
         role: Role = "mlp_hidden",
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "activation_hoyer",
     ) -> None:
         super().__init__(
-            weight, role=role, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name
+            weight,
+            role=role,
+            targets=targets,
+            schedule=schedule,
+            layer_weights=layer_weights,
+            mask=mask,
+            allow_unused=allow_unused,
+            name=name,
         )
         self.loss = ActivationHoyerLoss(floor=floor_of(role, floor))
 

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import HiddenRegularizer, Role
+from lightning_reg.callbacks.regularizer import HiddenRegularizer, LayerWeights, Role
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationL1Loss
 from lightning_reg.schedules import Schedule
@@ -26,6 +26,7 @@ class ActivationL1Regularizer(HiddenRegularizer):
         role: ``"mlp_hidden"`` is the input of the down-projection, ``"mlp_pre_activation"`` what enters the activation.
         targets: Down-projections; all MLPs when left out.
         schedule: Factor on ``weight`` over the training.
+        layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
         mask: Key or index of the batch's valid tokens (batch, tokens), or a function of the batch.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
         name: Name in logs and checkpoints.
@@ -40,12 +41,20 @@ class ActivationL1Regularizer(HiddenRegularizer):
         role: Role = "mlp_hidden",
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "activation_l1",
     ) -> None:
         super().__init__(
-            weight, role=role, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name
+            weight,
+            role=role,
+            targets=targets,
+            schedule=schedule,
+            layer_weights=layer_weights,
+            mask=mask,
+            allow_unused=allow_unused,
+            name=name,
         )
         self.loss = ActivationL1Loss(relative=relative, floor=floor_of(role, floor))
 

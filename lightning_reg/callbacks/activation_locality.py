@@ -5,7 +5,7 @@
 from typing import Any
 
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import Role, SequenceRegularizer
+from lightning_reg.callbacks.regularizer import LayerWeights, Role, SequenceRegularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import ActivationLocalityLoss
 from lightning_reg.schedules import Schedule
@@ -23,6 +23,7 @@ class ActivationLocalityRegularizer(SequenceRegularizer):
         role: ``"mlp_pre_activation"`` is what enters the activation, ``"mlp_hidden"`` the input of the down-projection.
         targets: Down-projections; all MLPs when left out.
         schedule: Factor on ``weight`` over the training.
+        layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
         mask: Key or index of the batch's valid tokens or document numbers (batch, tokens), or a function of the batch.
             Boolean: True = valid, one document a row. Integers: 0 = padding, equal neighbours = same document.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
@@ -37,12 +38,20 @@ class ActivationLocalityRegularizer(SequenceRegularizer):
         role: Role = "mlp_pre_activation",
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "activation_locality",
     ) -> None:
         super().__init__(
-            weight, role=role, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name
+            weight,
+            role=role,
+            targets=targets,
+            schedule=schedule,
+            layer_weights=layer_weights,
+            mask=mask,
+            allow_unused=allow_unused,
+            name=name,
         )
         self.loss = ActivationLocalityLoss(alpha)
 

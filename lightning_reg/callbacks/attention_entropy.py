@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import Regularizer
+from lightning_reg.callbacks.regularizer import LayerWeights, Regularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import AttentionEntropyLoss
 from lightning_reg.losses.attention_entropy import Level, Objective
@@ -34,6 +34,7 @@ class AttentionEntropyRegularizer(Regularizer):
         top_k: Entropy of the ``top_k`` largest scores only.
         targets: The modules in whose forward the attention is computed, or any of their parents; all when left out.
         schedule: Factor on ``weight`` over the training.
+        layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
         mask: Key or index of the batch's valid tokens (batch, tokens), or a function of the batch; limits the queries
             that count.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
@@ -53,11 +54,20 @@ class AttentionEntropyRegularizer(Regularizer):
         top_k: int | None = None,
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "attention_entropy",
     ) -> None:
-        super().__init__(weight, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name)
+        super().__init__(
+            weight,
+            targets=targets,
+            schedule=schedule,
+            layer_weights=layer_weights,
+            mask=mask,
+            allow_unused=allow_unused,
+            name=name,
+        )
         self.loss = AttentionEntropyLoss(objective, normalize=normalize, bound=bound, level=level, top_k=top_k)
         self.top_k, self.raises_value = top_k, objective in ("maximize", "floor")
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
+    from lightning_reg.capture import AttentionCall
     from lightning_reg.engine import Tap
 
 Mask = str | int | Callable[[Any], Tensor] | None
@@ -19,6 +21,7 @@ class Observer:
     mask: Mask = None
     allow_unused = False
     penalizes = False
+    per_site = False  # `see_attention` is told the site, as `site=`
     awake = True  # the sites are shown to it at the current step; at the others it costs nothing
     strength = 0.0  # weight * schedule at the current step
     coefficient: Tensor  # strength / number of calls, for repeated forwards
@@ -27,15 +30,29 @@ class Observer:
         """Names of the modules to watch, each with whether the user named it."""
         raise NotImplementedError
 
+    def layer_factor(self, site: str) -> float:
+        """Factor on the penalty of a site."""
+        return 1.0
+
     def see_attention(
         self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         """``(penalty, value)`` of attention rows: entropy in nats and visible keys (batch, heads, queries)."""
         raise NotImplementedError
 
+    def see_scores(self, call: "AttentionCall", mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """``(penalty, value)`` of an attention, from its queries and keys or its scores; ``mask`` (batch, tokens)."""
+        raise NotImplementedError
+
     def see_activations(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """``(x, penalty, value)`` of activations (..., width)."""
         raise NotImplementedError
+
+    def see_output(self, output: Any, mask: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """``(penalty, value)`` of what a module returns; of the first tensor in it as of activations."""
+        tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        _, penalty, value = self.see_activations(tensor, mask)
+        return penalty, value
 
     def check_fired(self, taps: "list[Tap]") -> None:
         """Raise if a target did not run in the first step."""

@@ -1,7 +1,8 @@
 """What every penalty callback shares: when it is attached, how strong it is, what it logs. No formula."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_reg.engine import Tap
 
 Role = Literal["mlp_hidden", "mlp_pre_activation"]
+LayerWeights = Mapping[str, float] | Sequence[float] | Callable[[str], float] | None
 
 
 class Regularizer(Observer, Callback):
@@ -33,6 +35,9 @@ class Regularizer(Observer, Callback):
         targets: Modules to regularize: a regular expression that matches a whole name or a dotted ending of it, a
             module type, a predicate on (name, module), or a list of these. Found automatically when left out.
         schedule: Factor on ``weight`` over the training, constant when left out.
+        layer_weights: Factors on the penalties of single layers, >= 0: by a regular expression as in ``targets`` (the
+            last that matches counts, 1 where none does), by the number of the block in the layer's name
+            (``[1.0, 0.5, 0.0]``), or a function of the name. The mean over layers keeps its denominator.
         mask: Where the batch keeps its valid tokens: a key or index of the batch, or a function of the batch; a boolean
             (or 0/1) tensor (batch, tokens), True = valid.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
@@ -47,6 +52,7 @@ class Regularizer(Observer, Callback):
         *,
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "",
@@ -59,6 +65,8 @@ class Regularizer(Observer, Callback):
             raise TypeError(f"`schedule` must be a lightning_reg.schedules.Schedule, got {given}; make an instance.")
         self.weight, self.schedule = float(weight), schedule
         self.targets = plain_targets(targets)
+        self.layer_weights = check_layer_weights(layer_weights)
+        self.enabled = True  # a `Guard` switches it
         self.mask, self.allow_unused, self.name = mask, allow_unused, name
         self.strength = self.weight
         self.coefficient = torch.zeros(())
@@ -80,7 +88,13 @@ class Regularizer(Observer, Callback):
     def update_strength(self, step: int, total_steps: int | None) -> None:
         """Set the strength of an optimizer step."""
         self.total_steps = total_steps
-        self.strength = self.weight * (1.0 if self.schedule is None else self.schedule(step, total_steps))
+        factor = 1.0 if self.schedule is None else self.schedule(step, total_steps)
+        self.strength = self.weight * factor if self.enabled else 0.0
+
+    @override
+    def layer_factor(self, site: str) -> float:
+        """Factor of ``layer_weights`` on the penalty of a site."""
+        return layer_factor(self.layer_weights, site)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""
@@ -323,6 +337,53 @@ def _total_steps(trainer: pl.Trainer, schedule: Schedule | None) -> int | None:
     # under manual optimization `global_step` counts every optimizer, the total one of them
     manual = not trainer.lightning_module.automatic_optimization
     return int(total) * (max(1, len(trainer.optimizers)) if manual and trainer.max_steps == -1 else 1)
+
+
+def check_layer_weights(weights: Any) -> LayerWeights:
+    """Factors of layers as plain values.
+
+    Raises:
+        ValueError: If one is negative or not finite, or there is none.
+        TypeError: If they are none of the kinds.
+    """
+    if weights is None or callable(weights):
+        return weights
+    if not isinstance(weights, (Mapping, Sequence)) or isinstance(weights, str):
+        raise TypeError(
+            "`layer_weights` must be a mapping from regular expressions to factors, a list of factors by block number, "
+            f"or a function of the layer's name, got {weights!r}."
+        )
+    plain = dict(weights) if isinstance(weights, Mapping) else list(weights)
+    numbers = list(plain.values()) if isinstance(plain, dict) else plain
+    if not numbers or not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
+        raise ValueError(f"`layer_weights` must hold finite numbers >= 0, got {plain!r}; 0 leaves a layer out.")
+    return plain
+
+
+def layer_factor(weights: LayerWeights, site: str) -> float:
+    """Factor of one layer.
+
+    Raises:
+        ValueError: If a list has no entry for the layer's block, or a function returns no factor.
+    """
+    if weights is None:
+        return 1.0
+    if isinstance(weights, Mapping):
+        found = [factor for pattern, factor in weights.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", site)]
+        return float(found[-1]) if found else 1.0
+    if callable(weights):
+        factor = weights(site)
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise ValueError(f"`layer_weights({site!r})` must be a finite number >= 0, got {factor!r}.")
+        return float(factor)
+    block = next((int(part) for part in site.split(".") if part.isdigit()), None)
+    if block is None:
+        return 1.0  # outside the blocks: modules that may compute attention, and mostly do not
+    if block >= len(weights):
+        raise ValueError(
+            f"`layer_weights` has {len(weights)} factors, but {site!r} is in block {block}: give one for each block."
+        )
+    return float(weights[block])
 
 
 def plain_targets(targets: Any) -> Any:

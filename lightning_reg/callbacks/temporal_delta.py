@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import Role, SequenceRegularizer
+from lightning_reg.callbacks.regularizer import LayerWeights, Role, SequenceRegularizer
 from lightning_reg.capture import Targets
 from lightning_reg.losses import TemporalDeltaLoss
 from lightning_reg.schedules import Schedule
@@ -22,6 +22,7 @@ class TemporalDeltaRegularizer(SequenceRegularizer):
         role: ``"mlp_hidden"`` is the input of the down-projection, ``"mlp_pre_activation"`` what enters the activation.
         targets: Down-projections; all MLPs when left out.
         schedule: Factor on ``weight`` over the training.
+        layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
         mask: Key or index of the batch's valid tokens or document numbers (batch, tokens), or a function of the batch.
             Boolean: True = valid, one document a row. Integers: 0 = padding, equal neighbours = same document.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
@@ -37,12 +38,20 @@ class TemporalDeltaRegularizer(SequenceRegularizer):
         role: Role = "mlp_hidden",
         targets: Targets = None,
         schedule: Schedule | None = None,
+        layer_weights: LayerWeights = None,
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "temporal_delta",
     ) -> None:
         super().__init__(
-            weight, role=role, targets=targets, schedule=schedule, mask=mask, allow_unused=allow_unused, name=name
+            weight,
+            role=role,
+            targets=targets,
+            schedule=schedule,
+            layer_weights=layer_weights,
+            mask=mask,
+            allow_unused=allow_unused,
+            name=name,
         )
         self.loss = TemporalDeltaLoss(theta, relative=relative)
 
