@@ -40,6 +40,7 @@ _NEVER_ATTENTION = (
 )  # fmt: skip
 
 SITE = "_lightning_reg_site"
+REWRITES = "_lightning_reg_rewrites"  # on a module: what changes its attention, by kind
 ORIGINAL = "_lightning_reg_original"  # on a substituted activation: what was there before
 _ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
@@ -531,11 +532,14 @@ class Site:
 
     def takes_softmax(self, scores: Tensor, dim: int) -> bool:
         """Whether a softmax in this module's forward is attention rather than class probabilities or routing."""
-        if self.explicit:
-            return True
-        if _ROUTER_NAME.search(self.path):
-            return False
-        return (scores.dim() >= 4 and dim in (-1, scores.dim() - 1)) or bool(_ATTENTION_NAME.search(self.path))
+        return self.explicit or takes_softmax(self.path, scores, dim)
+
+
+def takes_softmax(path: str, scores: Tensor, dim: int) -> bool:
+    """Whether a softmax is attention, by its shape and by the name and class of the module that calls it."""
+    if _ROUTER_NAME.search(path):
+        return False
+    return (scores.dim() >= 4 and dim in (-1, scores.dim() - 1)) or bool(_ATTENTION_NAME.search(path))
 
 
 def _no_site() -> None:
@@ -606,6 +610,9 @@ _f_softmax: Callable[..., Tensor] = F.softmax
 _torch_softmax: Callable[..., Tensor] = torch.softmax
 _tensor_softmax: Callable[..., Tensor] = Tensor.softmax
 _active: list["Engine"] = []
+_holders: set[Any] = set()  # who needs the replaced functions
+rewriting: list[nn.Module] = []  # modules with rewrites whose forward runs, innermost last
+unrewritten: list[str] | None = None  # collects the modules whose attention no rewrite reached
 
 
 def _current_site(softmax: bool = False) -> Site | None:
@@ -652,18 +659,65 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    site = _current_site()
-    attention = _sdpa if site is None or site.engine is None else partial(site.engine.observe_attention, site)
-    return attention(
+    attend: Callable[..., Tensor] = watched_attention
+    module = rewriting[-1] if rewriting else None
+    for rewrite in _active_rewrites(module)[::-1]:
+        attend = partial(rewrite.attention, module, attend)
+    return attend(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
         enable_gqa=enable_gqa,
     )  # fmt: skip
 
 
+def watched_attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """``F.scaled_dot_product_attention``, shown to the engine where a regularizer wants it."""
+    site = _current_site()
+    attention = _sdpa if site is None or site.engine is None else partial(site.engine.observe_attention, site)
+    return attention(query, key, value, **arguments)
+
+
+def watched_softmax(scores: Tensor, dim: int) -> Tensor:
+    """``softmax`` of attention scores, shown to the engine where a regularizer wants it."""
+    site = _current_site()
+    if site is None or site.engine is None:
+        return _torch_softmax(scores, dim)
+    return site.engine.observe_scores(site, scores, dim, None)
+
+
+def _active_rewrites(module: nn.Module | None) -> list[Any]:
+    """Rewrites of the innermost rewritten module that runs, in the order in which they apply."""
+    if module is None:
+        if unrewritten is not None and not torch.compiler.is_compiling():
+            unrewritten.append(_innermost_module())
+        return []
+    rewrites = [rewrite for rewrite in module.__dict__[REWRITES].values() if rewrite.active]
+    for rewrite in rewrites:
+        rewrite.fired = True  # written, never read here: a read would become a guard
+    return rewrites
+
+
+def _innermost_module() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return type(owner).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return "a function"
+
+
 def _watched_softmax(
     original: Callable[..., Tensor], scores: Tensor, dim: int | None, args: tuple, kwargs: dict
 ) -> Tensor:
-    site = _current_site(softmax=True) if torch.is_floating_point(scores) else None
+    floating = dim is not None and torch.is_floating_point(scores)
+    if floating and rewriting:
+        module = rewriting[-1]
+        rewrites = module.__dict__[REWRITES]
+        if rewrites.explicit or takes_softmax(rewrites.path, scores, dim):  # type: ignore[arg-type]
+            for rewrite in _active_rewrites(module):
+                scores = rewrite.scores(module, scores, dim)
+                original = _torch_softmax  # F.softmax goes on to Tensor.softmax, which would come back here
+    site = _current_site(softmax=True) if floating else None
     if dim is None or site is None or site.engine is None or not site.takes_softmax(scores, dim):
         return original(scores, dim, *args, **kwargs)
     dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
@@ -693,25 +747,37 @@ def plain_softmax(scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor
 
 
 def watch_attention(engine: "Engine") -> None:
-    """Replace the attention functions until ``unwatch_attention``."""
-    global _sdpa, _f_softmax, _torch_softmax, _tensor_softmax
+    """Show attention to an engine until ``unwatch_attention``."""
+    if engine not in _active:
+        _active.append(engine)
+        hold_attention(engine)
+
+
+def unwatch_attention(engine: "Engine") -> None:
+    """Counterpart of ``watch_attention``; no-op when it does not watch."""
     if engine in _active:
-        return
-    if not _active:
+        _active.remove(engine)
+        release_attention(engine)
+
+
+def hold_attention(holder: Any) -> None:
+    """Replace the attention functions until the last holder has released them."""
+    global _sdpa, _f_softmax, _torch_softmax, _tensor_softmax
+    if not _holders:
         _sdpa, _f_softmax, _torch_softmax = F.scaled_dot_product_attention, F.softmax, torch.softmax
         _tensor_softmax = Tensor.softmax
         F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
         F.softmax, torch.softmax = _functional_softmax, _torch_softmax_watched  # type: ignore[assignment]
         Tensor.softmax = _tensor_softmax_watched  # type: ignore[method-assign, assignment]
-    _active.append(engine)
+    _holders.add(holder)
 
 
-def unwatch_attention(engine: "Engine") -> None:
-    """Put the attention functions back; no-op when they are not replaced."""
-    if engine not in _active:
+def release_attention(holder: Any) -> None:
+    """Counterpart of ``hold_attention``; no-op when it holds nothing."""
+    if holder not in _holders:
         return
-    _active.remove(engine)
-    if not _active:
+    _holders.remove(holder)
+    if not _holders:
         F.scaled_dot_product_attention = _sdpa  # type: ignore[assignment]
         F.softmax, torch.softmax = _f_softmax, _torch_softmax  # type: ignore[assignment]
         Tensor.softmax = _tensor_softmax  # type: ignore[method-assign, assignment]

@@ -1,167 +1,73 @@
 """Substitution of MLP activations as a callback. The mechanism is `lightning_reg.activations`."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from lightning_reg import activations, capture
 from lightning_reg.activations import Activation
-from lightning_reg.callbacks.observer import Prepares
 from lightning_reg.callbacks.regularizer import describe_targets, plain_targets
+from lightning_reg.callbacks.surgery import Surgery
 from lightning_reg.capture import Targets
 
 
-class SubstitutesActivations(Prepares, Callback):
-    """Part of the callbacks that train a model with other activations than its code has.
-
-    The activations are replaced when training starts, before other callbacks look for them, and stay when it ends,
-    because the weights were trained with them. What a run has put in place that trained nothing, because it crashed
-    before its first step or only evaluated a model without loading a checkpoint, is put back.
-    """
+class SubstitutesActivations(Surgery):
+    """Part of the callbacks that train a model with other activations than its code has."""
 
     substitute: Activation | None
     targets: Targets
+    record_key = "activations"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._model: nn.Module | None = None
-        self._replaced: list[str] = []  # by this run, which has trained nothing yet
-        self._loaded = False  # the weights came from a checkpoint
-        self._record: Mapping[str, Any] = {}  # of that checkpoint, until it is in place
-        self._others: list[SubstitutesActivations] = []
+    @override
+    def operate(self, model: nn.Module) -> list[str]:
+        """Substitute."""
+        if self.substitute is None:
+            return []
+        self._refuse_two(model)
+        return activations.substitute_activations(model, self.substitute, targets=self.targets)
 
-    def prepare(self, model: nn.Module) -> None:
-        """Substitute. No-op where it is done."""
-        self._model = model
-        if self.substitute is not None:
-            self._refuse_two(model)
-            self._note(activations.substitute_activations(model, self.substitute, targets=self.targets))
-        if self._record:
-            record, self._record = self._record, {}
-            self._note(activations.load_activations(model, record))
+    @override
+    def undo(self, model: nn.Module, names: list[str]) -> None:
+        """Put the old activations back."""
+        activations.restore_activations(model, names)
+
+    @override
+    def record(self, model: nn.Module) -> Mapping[str, Any]:
+        """The substitutes, with their thresholds."""
+        return activations.activation_record(model)
+
+    @override
+    def repeat(self, model: nn.Module, record: Mapping[str, Any]) -> list[str]:
+        """Substitute as a record says."""
+        return activations.load_activations(model, record)
+
+    @override
+    def describe(self, name: str) -> str:
+        """The substitute at a path."""
+        assert self._model is not None
+        return f"{activations.describe(capture.attribute(self._model, name))} in place of the MLP's activation"
 
     def _refuse_two(self, model: nn.Module) -> None:
         own = set(activations.find_activations(model, targets=self.targets))
         for other in self._others:
-            if other.substitute is not None and own & set(activations.find_activations(model, targets=other.targets)):
+            if not isinstance(other, SubstitutesActivations) or other.substitute is None:
+                continue
+            if own & set(activations.find_activations(model, targets=other.targets)):
                 raise ValueError(
                     f"{type(self).__name__} and {type(other).__name__} both substitute {sorted(own)[0]!r}: give them "
                     "`targets=` that do not overlap, or `substitute=None` to `ProgressiveSparsity`."
                 )
 
-    def _note(self, paths: list[str]) -> None:
-        self._replaced += paths
-        if paths and self._model is not None:
-            new = activations.describe(capture.attribute(self._model, paths[0]))
-            shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-            rank_zero_info(f"{type(self).__name__}: {new} in place of the activations of {len(paths)} MLPs ({shown})")
-
-    def _undo(self, model: nn.Module) -> None:
-        if self._model is model and self._replaced and not self._loaded:
-            activations.restore_activations(model, self._replaced)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._replaced, self._record, self._loaded = [], {}, False
-
-    # --- without a Trainer ---
-
-    def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
-        """Substitute."""
-        self.prepare(model)
-        getattr(super(), "attach", lambda *_: None)(model, total_steps)
-
-    def detach(self, model: nn.Module) -> None:
-        """Put back what trained nothing."""
-        getattr(super(), "detach", lambda *_: None)(model)
-        self._undo(model)
-
-    def after_step(self, model: nn.Module) -> None:
-        """From here on the weights belong to the substitutes."""
-        self._replaced = []
-        getattr(super(), "after_step", lambda *_: None)(model)
-
-    # --- with a Trainer ---
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin a run, and substitute where the model exists by now."""
-        super().setup(trainer, pl_module, stage)
-        self._forget()
-        found = [other for other in trainer.callbacks if isinstance(other, SubstitutesActivations)]  # type: ignore[attr-defined]
-        self._others = [other for other in found if other is not self]
-        with suppress(ValueError):  # `configure_model` may build more; what is wrong then is raised at the start
-            self.prepare(pl_module)
-
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Substitute: here the model exists, however it was built, and the checkpoint is loaded."""
-        self.prepare(pl_module)
+        """Substitute, and log by what."""
         super().on_fit_start(trainer, pl_module)
         for logger in trainer.loggers:
             logger.log_hyperparams({f"reg/{type(self).__name__}/activation": str(self.substitute)})
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in training."""
-        self.prepare(pl_module)
-        super().on_validation_start(trainer, pl_module)
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in training."""
-        self.prepare(pl_module)
-        super().on_test_start(trainer, pl_module)
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As in training."""
-        self.prepare(pl_module)
-        super().on_predict_start(trainer, pl_module)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """From here on the weights belong to the substitutes."""
-        self._replaced = []
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put back what trained nothing."""
-        super().teardown(trainer, pl_module, stage)
-        self._undo(pl_module)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Put back what trained nothing."""
-        super().on_exception(trainer, pl_module, exception)
-        self._undo(pl_module)
-
-    # --- checkpoints ---
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """What was substituted, with its thresholds."""
-        record = {} if self._model is None else activations.activation_record(self._model)
-        return {**super().state_dict(), "activations": record}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the substitutes in place, or keep them for when the model is there."""
-        super().load_state_dict(state_dict)
-        self._record, self._loaded = state_dict.get("activations", {}), True
-        if self._model is not None:
-            with suppress(ValueError):  # raised at the start, where it is known what is missing
-                activations.load_activations(self._model, self._record)
 
 
 class ActivationSubstitution(SubstitutesActivations):
