@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from experiments import resolvers  # noqa: F401 (the configs use them)
 from experiments.benchmarks.harness import Variant, interleave, paired_ratio
 from experiments.measure import held_out_density
 from experiments.report import write_report
@@ -40,10 +41,12 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: n
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
 def main(cfg: DictConfig) -> float:
-    """Train every arm, compare, report; returns the objective of the first arm."""
+    """Train every arm, compare, report; returns the objective of the first arm, or of the task that a sweep names."""
     output = Path(cfg.output_dir)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    if cfg.task is not None:
+        return hydra.utils.get_method(cfg.task)(cfg)
     arms = {arm: train_arm(cfg, arm) for arm in cfg.arms}
     summary = {
         "name": cfg.name, "seed": cfg.seed, "command": command(), "max_steps": cfg.trainer.max_steps, **run_info(),

@@ -17,11 +17,16 @@ from lightning_reg.callbacks import (
     ActivationL1Regularizer,
     ActivationLocalityRegularizer,
     AttentionEntropyRegularizer,
+    AttentionLogitRegularizer,
     ChunkDensityRegularizer,
+    EntropyGuidedRegularizer,
+    PredictionEntropyRegularizer,
     ProgressiveSparsity,
+    QKClip,
     SigmaReparam,
     TemporalDeltaRegularizer,
     WeightSparsity,
+    ZLossRegularizer,
 )
 from lightning_reg.engine import Engine
 from lightning_reg.schedules import Cosine, Linear, TargetController
@@ -46,11 +51,17 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     ),
     "activation_locality": lambda weight=1.0, **kwargs: ActivationLocalityRegularizer(weight, alpha=4.0, **kwargs),
     "temporal_delta": lambda weight=1.0, **kwargs: TemporalDeltaRegularizer(weight, relative=True, **kwargs),
+    "z_loss": lambda weight=1.0, **kwargs: ZLossRegularizer(weight, targets="fc2", **kwargs),
+    "confidence": lambda weight=1.0, **kwargs: PredictionEntropyRegularizer(weight, targets="fc2", **kwargs),
+    "entropy_guided": lambda weight=1.0, **kwargs: EntropyGuidedRegularizer(weight, threshold=0.1, **kwargs),
+    "attention_logits": lambda weight=1.0, **kwargs: AttentionLogitRegularizer(weight, bound=0.05, **kwargs),
 }
 ALL: dict[str, Callable[[], list[Any]]] = {
     **{name: lambda make=make: [make()] for name, make in CALLBACKS.items()},
     "scheduled": lambda: [CALLBACKS["attention_entropy"](schedule=Cosine()), CALLBACKS["activation_density"]()],
     "sigma_reparam": lambda: [SigmaReparam()],
+    "qk_clip": lambda: [QKClip(threshold=0.1, heads=2)],
+    "qk_clip_every": lambda: [QKClip(threshold=0.1, heads=2, every=3)],
     "progressive": lambda: [ProgressiveSparsity([(2, 0.0), (4, 0.5), (8, 2.0)], substitute=None)],
     "controlled": lambda: [CALLBACKS["attention_entropy"](schedule=TargetController(0.9, quantity="value"))],
     "weight_sparsity": lambda: [WeightSparsity(0.7)],
@@ -137,7 +148,7 @@ def test_value_weight_weighted_and_layers_are_logged(name: str, tmp_path: Path) 
     logger.save()
     header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
     before = name in ("before_activation", "activation_locality")
-    site = f"net.blocks.0.{'attention' if 'entropy' in name else 'fc1' if before else 'fc2'}"
+    site = f"net.blocks.0.{'attention' if 'entropy' in name or 'attention' in name else 'fc1' if before else 'fc2'}"
     wanted = {f"reg/{callback.name}/{key}" for key in ("value", "weight", "weighted", f"layers/{site}")}
     assert wanted <= set(header.split(","))
     column = header.split(",").index(f"reg/{callback.name}/weight")

@@ -20,14 +20,19 @@ class ImageClassifier(pl.LightningModule):
         learning_rate: Peak of the schedule.
         weight_decay: Of AdamW, on matrices only.
         warmup: Share of the training in which the learning rate rises.
+        betas: Of AdamW.
+        minimum: Learning rate at the end.
+        independent_decay: Decay by ``weight_decay`` a step at the peak, whatever the learning rate is there.
     """
 
     def __init__(
-        self, net: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 0.05, warmup: float = 0.1
-    ) -> None:
+        self, net: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 0.05, warmup: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999), minimum: float = 0.0, independent_decay: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.net = net
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.learning_rate, self.warmup, self.betas, self.minimum = learning_rate, warmup, betas, minimum
+        self.weight_decay = weight_decay / learning_rate if independent_decay else weight_decay
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._evaluate(batch, "train", prog_bar=True)
@@ -53,15 +58,15 @@ class ImageClassifier(pl.LightningModule):
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup))
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.betas))
+        total, floor = int(self.trainer.estimated_stepping_batches), self.minimum / self.learning_rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def cosine(step: int, total: int, warmup: float) -> float:
-    """Learning rate at ``step`` relative to its peak: rises for a share ``warmup``, then half a cosine to 0."""
+def cosine(step: int, total: int, warmup: float, floor: float = 0.0) -> float:
+    """Learning rate at ``step`` relative to its peak: rises for a share ``warmup``, then half a cosine to ``floor``."""
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising
-    return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2

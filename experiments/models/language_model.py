@@ -17,14 +17,19 @@ class LanguageModel(pl.LightningModule):
         learning_rate: Peak of the schedule.
         weight_decay: Of AdamW, on matrices only.
         warmup: Share of the training in which the learning rate rises.
+        betas: Of AdamW.
+        minimum: Learning rate at the end.
+        independent_decay: Decay by ``weight_decay`` a step at the peak, whatever the learning rate is there.
     """
 
     def __init__(
-        self, net: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 0.1, warmup: float = 0.05
-    ) -> None:
+        self, net: nn.Module, learning_rate: float = 1e-3, weight_decay: float = 0.1, warmup: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95), minimum: float = 0.0, independent_decay: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.net = net
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.learning_rate, self.warmup, self.betas, self.minimum = learning_rate, warmup, betas, minimum
+        self.weight_decay = weight_decay / learning_rate if independent_decay else weight_decay
 
     def forward(self, batch: Tensor) -> Tensor:
         """Loss of a batch of tokens (batch, length + 1)."""
@@ -46,8 +51,8 @@ class LanguageModel(pl.LightningModule):
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
-            groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=self.device.type == "cuda"
+            groups, lr=self.learning_rate, betas=tuple(self.betas), fused=self.device.type == "cuda"
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup))
+        total, floor = int(self.trainer.estimated_stepping_batches), self.minimum / self.learning_rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

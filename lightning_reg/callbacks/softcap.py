@@ -74,6 +74,7 @@ class SoftCap(Surgery):
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        self._checked &= self._rewrite.active or not enabled  # switched on, its first batch is checked
         self._rewrite.active = enabled
 
     @override

@@ -9,14 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture, reparam
+from lightning_reg.callbacks.building import BuildHooks, check_before_averaging
 from lightning_reg.callbacks.regularizer import describe_targets
 from lightning_reg.capture import Targets
 from lightning_reg.reparam import FusedQKV, Init
@@ -134,7 +134,7 @@ class SigmaReparam(Callback):
         self.targets, self.init, self.fused_qkv, self.decay_gain, self.name = targets, init, fused_qkv, decay_gain, name
         self._model: pl.LightningModule | None = None
         self._sharded = False
-        self._patched: dict[str, tuple[Any, Any]] = {}
+        self._building = BuildHooks()
         self._updated_step: int | None = None
         self._pending: dict[str, Any] | None = None
         self._updates = reparam.Updates([])
@@ -182,10 +182,8 @@ class SigmaReparam(Callback):
         self._release()
         self._model, self._updated_step, self._pending, self._loaded_groups = pl_module, None, None, []
         self._sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-        for hook in ("setup", "configure_model"):
-            if is_overridden(hook, pl_module):
-                self._patch(pl_module, hook)
-        self._attach(pl_module, lenient=bool(self._patched))
+        self._building.install(pl_module, lambda: self._attach(pl_module, lenient=True))
+        self._attach(pl_module, lenient=bool(self._building))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -237,26 +235,7 @@ class SigmaReparam(Callback):
                 f"SigmaReparam does not work with {type(trainer.strategy).__name__}, which flattens the parameters. "
                 "Use `ModelParallelStrategy` (FSDP2) or `DDPStrategy`."
             )
-        callbacks = _callbacks(trainer)
-        for callback in callbacks[: callbacks.index(self)]:
-            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                raise ValueError(
-                    f"{type(callback).__name__} comes before SigmaReparam in `callbacks`, so it would average a model "
-                    "without the gains. Put SigmaReparam first."
-                )
-
-    def _patch(self, pl_module: pl.LightningModule, hook: str) -> None:
-        before, original = pl_module.__dict__.get(hook), getattr(pl_module, hook)
-
-        # no functools.wraps: Lightning would look through it, and not call it where only this callback overrides
-        def attach_after(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            if self._model is pl_module:
-                self._attach(pl_module, lenient=True)
-            return result
-
-        setattr(pl_module, hook, attach_after)
-        self._patched[hook] = (before, attach_after)
+        check_before_averaging(trainer, self, "gains")
 
     def _attach(self, pl_module: pl.LightningModule, lenient: bool) -> None:
         reparam.attach(pl_module, self.targets, self.init, self.fused_qkv, lenient, self.name)
@@ -288,12 +267,7 @@ class SigmaReparam(Callback):
         model, self._model, self._updates = self._model, None, reparam.Updates([])
         if model is None:
             return
-        for hook, (before, patch) in self._patched.items():
-            if model.__dict__.get(hook) is patch:
-                delattr(model, hook)
-                if before is not None:
-                    setattr(model, hook, before)
-        self._patched = {}
+        self._building.remove(model)
         layers = reparam.find_layers(model, self.name)
         if not any(reparam.is_sharded(layer.original) for layer in layers):
             reparam.merge_layers([layer for layer in layers if not layer.spectral.adopted])

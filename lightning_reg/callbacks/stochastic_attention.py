@@ -87,6 +87,7 @@ class StochasticAttention(Callback):
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        self._checked &= self._rewrite.active or not enabled  # switched on, its first batch is checked
         self._rewrite.active = enabled
 
     # --- without a Trainer ---

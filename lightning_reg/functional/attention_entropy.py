@@ -24,7 +24,11 @@ Cost
     memory linear in the number of tokens. Computed in float32 (float64 stays).
 When it hurts
     The gradient vanishes where ``p_j`` is 0: the term shapes healthy heads and cannot revive a collapsed one.
-    Maximising flattens attention: heads that must be sharp (induction, pointing) get worse.
+    Maximising flattens attention: heads that must be sharp (induction, pointing) get worse. Evidence in
+    multiple-instance learning is mixed: the authors gain on three sets of slides, tuning the weight on each from 0.001
+    to 0.2; public trials of CLAM with strong encoders lost 0.01 to 0.08 of their score at every weight tried (single
+    seeds), and where attention is near uniform anyway the term does nothing. Try ``floor``, which leaves sparse lesions
+    alone.
 Not together with
     Products that are not distributions, such as Nystrom attention: their "entropy" has no meaning.
 """

@@ -17,8 +17,12 @@ from lightning_reg.metrics import (
     CETT,
     ActivationDensity,
     AttentionEntropy,
+    AttentionSupport,
     ChunkDensity,
     DeadNeurons,
+    EffectiveRank,
+    LRSensitivity,
+    MassiveActivations,
     ReuseRatio,
     SpectralNorm,
     WeightSparsity,
@@ -46,6 +50,10 @@ def _activations() -> Updates:
     return [((torch.randn(n, 6).relu(),), {"mask": torch.rand(n) > 0.3}) for n in (4, 1, 7, 3)]
 
 
+def _normal() -> Updates:
+    return [((torch.randn(n, 6),), {"mask": torch.rand(n) > 0.3}) for n in (4, 3, 7, 3)]
+
+
 def _sequences() -> Updates:
     shapes = [(2, 5), (1, 9), (3, 1), (2, 4)]
     return [((torch.randn(*shape, 6).relu(),), {"documents": torch.randint(0, 3, shape)}) for shape in shapes]
@@ -64,11 +72,21 @@ def _sparse_weights() -> Updates:
     return [((torch.randn(n, 6).relu(),), {}) for n in (4, 1, 7, 3)]
 
 
+def _learning_rates() -> Updates:
+    # a part of the grid, all of it, one run, and a seed more
+    rates = [torch.tensor(x) for x in ([1e-3, 1e-1], [1e-1, 1e-2, 1e-3], [1e-2], [1e-3, 1e-2, 1e-1])]
+    return [((rate, 3 * torch.rand(len(rate)), 2 + torch.rand(len(rate))), {}) for rate in rates]
+
+
 CASES: dict[str, tuple[Make, Callable[[], Updates]]] = {
     "entropy": (AttentionEntropy, _attention),
     "entropy_nats": (lambda: AttentionEntropy(normalize=False), _attention),
     "entropy_heads": (lambda: AttentionEntropy(num_heads=3), _attention),
     "entropy_scores": (lambda: AttentionEntropy("scores", top_k=3), _scores),
+    "support": (lambda: AttentionSupport("scores"), _scores),
+    "effective": (lambda: AttentionSupport("scores", measure="effective"), _scores),
+    "effective_rank": (EffectiveRank, _sparse_weights),
+    "massive": (MassiveActivations, _normal),
     "density": (ActivationDensity, _activations),
     "density_threshold": (lambda: ActivationDensity(threshold=0.5), _activations),
     "density_relative": (lambda: ActivationDensity(relative=0.1), _activations),
@@ -78,6 +96,7 @@ CASES: dict[str, tuple[Make, Callable[[], Updates]]] = {
     "cett": (CETT, _projections),
     "cett_thresholds": (lambda: CETT([0.5, 1.5]), _projections),
     "spectral": (SpectralNorm, _weights),
+    "lr_sensitivity": (lambda: LRSensitivity([1e-3, 1e-2, 1e-1]), _learning_rates),
     "sparsity": (WeightSparsity, _sparse_weights),
     "spectral_weights": (lambda: SpectralNorm(num_weights=1), _weights),
 }

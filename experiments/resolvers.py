@@ -1,0 +1,32 @@
+"""What our configs may compute: lists as the choices of a sweep, and the names of a run's presets."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+NONE = "none"
+
+
+def choices(values: Iterable[Any]) -> str:
+    """Values as Hydra's sweepers read them: ``1,2``."""
+    return ",".join(str(value) for value in values)
+
+
+def presets(remedies: Iterable[str]) -> str:
+    """Each remedy as a list of presets: ``none``, ``a`` and ``a+b`` give ``[],[a],[a,b]``."""
+    return ",".join("[]" if remedy == NONE else f"[{remedy.replace('+', ',')}]" for remedy in remedies)
+
+
+def remedy(*, _root_: DictConfig) -> str:
+    """The presets of a run as one name, the counterpart of ``presets``.
+
+    A setting of a preset that is not there leaves a node without a target, and counts for nothing.
+    """
+    nodes = {key: _root_.callbacks[key] for key in _root_.callbacks}
+    return "+".join(str(key) for key, node in nodes.items() if node is not None and "_target_" in node) or NONE
+
+
+OmegaConf.register_new_resolver("choices", choices, replace=True)
+OmegaConf.register_new_resolver("presets", presets, replace=True)
+OmegaConf.register_new_resolver("remedy", remedy, replace=True)
