@@ -5,11 +5,13 @@ Every run appends a line to ``collapse.csv`` in the output folder, and is not re
 
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning.pytorch as pl
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -25,8 +27,8 @@ from lightning_reg import rewriting
 from lightning_reg.callbacks import StabilityMonitor
 
 FIELDS = (
-    "seed", "protocol", "remedy", "entropy_before", "collapsed_before", "entropy", "entropy_min", "collapsed_share",
-    "max_logit", "loss", "accuracy",
+    "temperature", "seed", "protocol", "remedy", "entropy_before", "collapsed_before", "entropy", "entropy_min",
+    "collapsed_share", "max_logit", "loss", "accuracy",
 )  # fmt: skip
 HEAD = ("entropy_mean", "entropy_min", "collapsed_share", "max_logit")
 
@@ -63,97 +65,108 @@ class Temperature(Callback):
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="collapse")
 def main(cfg: DictConfig) -> None:
-    """Every seed, protocol and remedy."""
+    """Every temperature, seed, protocol and remedy."""
     torch.set_num_threads(cfg.threads)
     path = Path(cfg.output_dir) / "collapse.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(int(row["seed"]), row["protocol"], row["remedy"]) for row in read(path)}
-    runs = [(seed, protocol, remedy) for seed in cfg.seeds for protocol in cfg.protocols for remedy in cfg.remedies]
+    done = {(float(row["temperature"]), int(row["seed"]), row["protocol"], row["remedy"]) for row in read(path)}
+    runs = list(product(cfg.temperatures, cfg.seeds, cfg.protocols, cfg.only or list(cfg.remedies)))
     with Progress() as progress:
         task = progress.add_task("runs", total=len(runs), completed=len([run for run in runs if run in done]))
-        collapsed: dict[int, Any] = {}
-        for seed, protocol, remedy in [run for run in runs if run not in done]:
-            if protocol == "rescue" and seed not in collapsed:
-                collapsed[seed] = fit(cfg, seed, "none", None)
-            row = fit(cfg, seed, remedy, collapsed[seed][1] if protocol == "rescue" else None)[0]
-            before = collapsed[seed][0] if protocol == "rescue" else {}
-            append(path, {"seed": seed, "protocol": protocol, "remedy": remedy, **_before(before), **row}, FIELDS)
+        for run in [run for run in runs if run not in done]:
+            append(path, measure(cfg, *run), FIELDS)
             progress.advance(task)
-    write_table(path, cfg.collapsed)
+    write_results(path, {"command": "python -m experiments.collapse", **run_info(), "steps": cfg.steps})
 
 
-def _before(row: dict[str, Any]) -> dict[str, Any]:
-    return {"entropy_before": row.get("entropy", ""), "collapsed_before": row.get("collapsed_share", "")}
+def measure(cfg: DictConfig, temperature: float, seed: int, protocol: str, remedy: str) -> dict[str, Any]:
+    """One run, and where it is a rescue what it began with."""
+    cfg = OmegaConf.merge(cfg, {"seed": seed, "temperature": temperature})  # type: ignore[assignment]
+    run = {"temperature": temperature, "seed": seed, "protocol": protocol, "remedy": remedy}
+    if protocol == "prevent":
+        return {**run, **fit(cfg, remedy)[0]}
+    before, collapsed = collapse(cfg)
+    start = {"entropy_before": before["entropy"], "collapsed_before": before["collapsed_share"]}
+    return {**run, **start, **fit(cfg, remedy, collapsed)[0]}
 
 
-def fit(cfg: DictConfig, seed: int, remedy: str, start: nn.Module | None) -> tuple[dict[str, Any], nn.Module]:
+_collapsed: dict[str, tuple[dict[str, Any], nn.Module]] = {}
+
+
+def collapse(cfg: DictConfig) -> tuple[dict[str, Any], nn.Module]:
+    """The model that every rescue of a seed and temperature begins with, trained once."""
+    key = f"{cfg.seed} {cfg.temperature}"
+    if key not in _collapsed:
+        _collapsed[key] = fit(cfg, "none")
+    return _collapsed[key]
+
+
+def fit(cfg: DictConfig, remedy: str, start: nn.Module | None = None) -> tuple[dict[str, Any], nn.Module]:
     """Train, from a collapsed model if there is a ``start``; what was measured last, and the model."""
-    cfg = OmegaConf.merge(cfg, {"seed": seed})  # type: ignore[assignment]
-    pl.seed_everything(seed, workers=True, verbose=False)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data, model = build(cfg.data.datamodule), build(cfg.model)
     if start is not None:
         model.load_state_dict(start.state_dict())
     temperature = Temperature(cfg.temperature, 0 if start is not None else round(cfg.steps * cfg.warmup))
     monitor = StabilityMonitor(every_n_steps=10, collapse=cfg.collapsed, warn={}, rows=10**6)
-    callbacks = [*build(OmegaConf.create({"x": cfg.remedies[remedy]})).x, temperature, monitor]
+    remedies = [build(callback) for callback in cfg.remedies[remedy]]
     trainer = build(
-        cfg.trainer, callbacks=callbacks, max_steps=cfg.steps, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, log_every_n_steps=10,
+        cfg.trainer, callbacks=[*remedies, temperature, monitor], max_steps=cfg.steps, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        log_every_n_steps=10, default_root_dir=cfg.output_dir,
     )  # fmt: skip
     trainer.fit(model, data)
-    last = monitor.latest
+    last = {"entropy" if key == "entropy_mean" else key: monitor.latest[key] for key in HEAD}
     (scores,) = trainer.test(model, data, verbose=False)
-    row = {key: last.get(key) for key in HEAD}
-    row["entropy"] = row.pop("entropy_mean")
-    return {**row, "loss": scores["test/loss"], "accuracy": scores["test/accuracy"]}, deepcopy(model)
+    return {**last, "loss": scores["test/loss"], "accuracy": scores["test/accuracy"]}, deepcopy(model)
 
 
-def verdict(rows: list[dict[str, str]], collapsed: float) -> str:
-    """What a remedy did, by the share of heads that are collapsed, over the seeds.
+# --- results ---------------------------------------------------------------------------------------------------------
 
-    ``yes`` when at most a tenth of the heads is left collapsed, ``no`` when at least half of those without remedy, or
-    of those at the start of a rescue, are.
+
+def verdict(share: float, without: float) -> str:
+    """What a remedy did, by the share of collapsed heads.
+
+    ``yes`` where at most a tenth of the heads is collapsed, ``no`` where at least half as many are as without a remedy.
     """
-    share = sum(float(row["collapsed_share"]) for row in rows) / len(rows)
-    return "yes" if share <= 0.1 else "partly" if share <= collapsed else "no"
+    return "yes" if share <= 0.1 else "no" if share >= without / 2 else "partly"
 
 
-def write_table(path: Path, collapsed: float) -> Path:
+def summary(path: Path) -> pd.DataFrame:
+    """Means over the seeds, by temperature, protocol and remedy, with the verdict."""
+    keys = ["temperature", "protocol", "remedy"]
+    means = pd.read_csv(path).groupby(keys, sort=False).mean(numeric_only=True).reset_index()
+    without = means[means.remedy == "none"].set_index(["temperature", "protocol"]).collapsed_share
+    places = list(zip(means.temperature, means.protocol, strict=True))
+    means["helps"] = [
+        "" if remedy == "none" else verdict(share, without.get(place, float("nan")))
+        for remedy, share, place in zip(means.remedy, means.collapsed_share, places, strict=True)
+    ]
+    return means
+
+
+def write_results(path: Path, header: dict[str, Any]) -> Path:
     """Print the table, and write it as ``collapse.md`` beside the runs."""
-    rows = read(path)
-    header = ["remedy", *(f"{protocol}: {name}" for protocol in ("prevent", "rescue") for name in
-                          ("holds", "collapsed heads", "entropy", "max logit", "accuracy"))]  # fmt: skip
-    by_run: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        by_run.setdefault((row["remedy"], row["protocol"]), []).append(row)
-    lines = []
-    for remedy in dict.fromkeys(row["remedy"] for row in rows):
-        cells = [remedy]
-        for protocol in ("prevent", "rescue"):
-            of_run = by_run.get((remedy, protocol), [])
-            without = by_run.get(("none", protocol), [])
-            half = _mean(without, "collapsed_share") / 2
-            cells += [verdict(of_run, half), *_cells(of_run)] if of_run else [""] * 5
-        lines.append(cells)
-    table = Table(*header)
+    means = summary(path)
+    columns = list(dict.fromkeys(zip(means.temperature, means.protocol, strict=True)))
+    cells = {(row.remedy, row.temperature, row.protocol): _cell(row) for row in means.itertuples()}
+    lines = [
+        [remedy, *(cells.get((remedy, *column), "") for column in columns)] for remedy in dict.fromkeys(means.remedy)
+    ]
+    titles = ["remedy", *(f"{protocol}, temperature {temperature:g}" for temperature, protocol in columns)]
+    table = Table(*titles, caption="helps: collapsed heads, mean entropy, test accuracy")
     for line in lines:
-        table.add_row(*line)
-    Console(width=200).print(table)
-    text = [f"- {key}: {value}" for key, value in {"command": "python -m experiments.collapse", **run_info()}.items()]
-    text += ["", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}", *(f"| {' | '.join(x)} |" for x in lines)]
+        table.add_row(*(cell.replace("*", "") for cell in line))
+    Console(width=180).print(table)
+    text = [f"- {key}: {value}" for key, value in header.items()]
+    text += ["", f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}", *(f"| {' | '.join(x)} |" for x in lines)]
     path.with_name("collapse.md").write_text("\n".join(text) + "\n")
     return path.with_name("collapse.md")
 
 
-def _mean(rows: list[dict[str, str]], key: str) -> float:
-    return sum(float(row[key]) for row in rows) / max(1, len(rows))
-
-
-def _cells(rows: list[dict[str, str]]) -> list[str]:
-    return [
-        f"{_mean(rows, 'collapsed_share'):.0%}", f"{_mean(rows, 'entropy'):.2f}", f"{_mean(rows, 'max_logit'):.3g}",
-        f"{_mean(rows, 'accuracy'):.1%}",
-    ]  # fmt: skip
+def _cell(row: Any) -> str:
+    helps = f"**{row.helps}**: " if row.helps else ""
+    return f"{helps}{row.collapsed_share:.0%}, {row.entropy:.2f}, {row.accuracy:.1%}"
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def write(path: Path, row: dict[str, Any]) -> None:
 def say(cfg: DictConfig, text: str) -> None:
     """One line a run."""
     number = HydraConfig.get().job.num + 1 if HydraConfig.initialized() else 1
-    total = len(cfg.remedies) * len(cfg.learning_rates) * len(cfg.seeds)
+    total = len(cfg.presets) * len(cfg.learning_rates) * len(cfg.seeds)
     line = f"{number:>4}/{total}  seed {cfg.seed}  {cfg.remedy:<17} lr {cfg.model.learning_rate:<7g} {text}"
     Console(width=200).print(line, highlight=False, markup=False)
 

@@ -21,7 +21,7 @@ NAME = "lr_sensitivity"  # of what is written
 HEADER = ("remedy", "LR sensitivity", "- none", "best loss", "at LR", "runs that learnt nothing", "seeds")
 # told apart by colour-blind readers too; black is no remedy
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
-MARKERS = "osD^vP*X"
+MARKERS = "sD^vP*X<"
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,9 @@ def spread(values: Iterable[float], sign: str = "") -> str:
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Loss over learning rate, log-log: means over seeds, bands from the smallest to the largest, the initial loss."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.add_subplot()
     for remedy, (colour, marker) in styles(curves).items():
         curve = next(curve for curve in curves if curve.remedy == remedy)
@@ -204,7 +205,10 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     axis.axhline(initial(curves), color="black", linestyle="--", linewidth=1, label="before training")
     axis.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="final validation loss, nats")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, title="remedy (LR sensitivity)")
+    # 0.6, 1 and 2 nats, not powers of ten
+    for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        which(ScalarFormatter())
+    figure.legend(loc="outside right upper", frameon=False, title="remedy (LR sensitivity)")
     figure.savefig(path, dpi=150)
 
 

@@ -13,13 +13,13 @@ def choices(values: Iterable[Any]) -> str:
     return ",".join(str(value) for value in values)
 
 
-def presets(remedies: Iterable[str]) -> str:
+def preset_choices(remedies: Iterable[str]) -> str:
     """Each remedy as a list of presets: ``none``, ``a`` and ``a+b`` give ``[],[a],[a,b]``."""
     return ",".join("[]" if remedy == NONE else f"[{remedy.replace('+', ',')}]" for remedy in remedies)
 
 
 def remedy(*, _root_: DictConfig) -> str:
-    """The presets of a run as one name, the counterpart of ``presets``.
+    """The presets of a run as one name, the counterpart of ``preset_choices``.
 
     A setting of a preset that is not there leaves a node without a target, and counts for nothing.
     """
@@ -28,5 +28,5 @@ def remedy(*, _root_: DictConfig) -> str:
 
 
 OmegaConf.register_new_resolver("choices", choices, replace=True)
-OmegaConf.register_new_resolver("presets", presets, replace=True)
+OmegaConf.register_new_resolver("preset_choices", preset_choices, replace=True)
 OmegaConf.register_new_resolver("remedy", remedy, replace=True)

@@ -420,7 +420,10 @@ class Engine:
                     _, value = tap.regularizer.see_output(output, tap.mask)
                 self._record(mode, tap, (), None, value)
             if not torch.compiler.is_compiling() and not tap.shape:
-                tap.shape, tap.method = _sizes(output) if isinstance(output, Tensor) else "", "output"
+                tap.shape, tap.method = (
+                    _sizes(output) if isinstance(output, Tensor) else type(output).__name__,
+                    "output",
+                )
         return output
 
     def _record_output(self, mode: Mode, tap: Tap, output: Any, penalty: Tensor | None, value: Tensor) -> Any:
@@ -428,7 +431,12 @@ class Engine:
             self._record(mode, tap, (), penalty, value)
             return output
         leaves, structure = tree_flatten(output)
-        place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        place = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if place is None:
+            raise RuntimeError(
+                f"`{tap.regularizer.name}` at {tap.site.label}: its output, a {type(output).__name__}, holds no tensor "
+                "with gradient that can be found, which a reentrant checkpoint needs. Use `use_reentrant=False`."
+            )
         (leaves[place],) = self._record(mode, tap, (leaves[place],), penalty, value)
         return tree_unflatten(leaves, structure)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from lightning_reg.functional import predict_crossing
 
 
 def grow(step: int) -> float:
-    """Crosses 1e4 at step 2000, from 5 there is a prediction."""
-    return 1e4 * (step / 2000) ** 4
+    """Crosses 1e4 at step 1990, which is within twice the steps done from 1000 on."""
+    return 1e4 * (step / 1990) ** 4
 
 
 def flat(step: int) -> float:
@@ -23,9 +24,9 @@ def flat(step: int) -> float:
 def test_warns_after_patience_predictions_in_a_row() -> None:
     warning = EarlyWarning(patience=3)
     found = [warning.update(step, grow(step)) for step in range(20, 1100, 20)]
-    # 2000 is within twice the steps done from 1000 on; the third prediction is at 1040
+    # the third prediction is at 1040
     assert found[:51] == [None] * 51
-    assert found[51:] == pytest.approx([2000.0] * 3)
+    assert found[51:] == pytest.approx([1990.0] * 3)
     assert warning.warned
 
 
@@ -34,7 +35,7 @@ def test_the_prediction_of_one_measurement_is_there_before_the_warning() -> None
     for step in range(20, 1001, 20):
         assert warning.prediction is None
         warning.update(step, grow(step))
-    assert warning.prediction == pytest.approx(2000)
+    assert warning.prediction == pytest.approx(1990)
     assert not warning.warned
 
 
@@ -59,11 +60,11 @@ def test_a_warning_names_the_last_crossing_while_it_is_on() -> None:
 
 
 def test_crossings_after_the_end_do_not_warn() -> None:
-    for until, warns in ((1990, False), (2010, True)):
+    for until, warns in ((1980, False), (2000, True)):
         warning = EarlyWarning(until=until)
         found = [warning.update(step, grow(step)) for step in range(20, 1500, 20)]
         assert (found[-1] is not None) == warns
-    warning.until = 1990  # known later
+    warning.until = 1980  # known later
     assert [warning.update(step, grow(step)) for step in (1500, 1520)][-1] is None
 
 
@@ -73,7 +74,7 @@ def test_a_measurement_that_says_nothing_changes_nothing(bad: float) -> None:
     for step in range(20, 1100, 20):
         warning.update(step, grow(step))
     before = warning.state_dict()
-    assert warning.update(1100, bad) == pytest.approx(2000)
+    assert warning.update(1100, bad) == pytest.approx(1990)
     assert warning.state_dict() == before
     assert EarlyWarning().update(0, 1e9) is None
 
@@ -85,7 +86,7 @@ def test_infinity_has_passed() -> None:
 
 def test_flat_logits_never_warn() -> None:
     warning = EarlyWarning()
-    assert not any(warning.update(step, flat(step)) for step in range(50, 20000, 50))
+    assert not any(warning.update(step, flat(step)) for step in range(50, 10000, 50))
 
 
 @pytest.mark.parametrize("cut", [700, 1000, 1020, 1040, 1300])
@@ -118,23 +119,23 @@ def test_a_training_that_went_back_forgets_what_came_after() -> None:
     for step in range(800, 1100, 20):
         warning.update(step, grow(step))
     assert warning.state_dict()["points"] == straight.state_dict()["points"]
-    assert warning.update(1100, grow(1100)) == pytest.approx(2000)
+    assert warning.update(1100, grow(1100)) == pytest.approx(1990)
 
 
 def test_few_points_are_kept_and_predict_the_same() -> None:
     warning = EarlyWarning(1e12, patience=1, reach=3)
     steps, values = [], []
-    for step in range(10, 60010, 10):
+    for step in range(20, 24020, 20):
         steps.append(step)
-        values.append(1e12 * (step / 100000) ** 3)
+        values.append(1e12 * (step / 40000) ** 3)
         warning.update(step, values[-1])
     points = warning.state_dict()["points"]
-    assert 250 < len(points) < 300
-    assert points[0][0] >= 30000
-    assert points[-1] == [60000.0, values[-1]]
-    gaps = [later / earlier for (earlier, _), (later, _) in zip(points, points[1:])]
-    assert all(1.0025 <= gap < 1.0035 for gap in gaps[:-1])
-    assert warning.prediction == pytest.approx(100000, rel=1e-9)
+    assert 200 < len(points) < 300
+    assert points[0][0] >= 12000
+    assert points[-1] == [24000.0, values[-1]]
+    gaps = [later / earlier for (earlier, _), (later, _) in pairwise(points)]
+    assert all(1.0025 <= gap < 1.0045 for gap in gaps[:-1])
+    assert warning.prediction == pytest.approx(40000, rel=1e-9)
     assert warning.prediction == pytest.approx(predict_crossing(steps, values, threshold=1e12, reach=3), rel=1e-9)
 
 
@@ -162,7 +163,7 @@ def test_options_reach_the_prediction() -> None:
 
     assert first() == 1000
     assert first(reach=4) == 500
-    assert first(threshold=1e3) == 580  # 2000 * 0.1 ** 0.25 = 1124.7
+    assert first(threshold=1e3) == 560  # 1990 * 0.1 ** 0.25 = 1119.1
     assert first(minimum_growth=4.1) == 2000
     assert first(minimum_points=1000) == 2000
     assert first(window=0.99) == 2000  # too few points are that near

@@ -208,11 +208,21 @@ def test_top_k_of_weights_is_that_of_their_scores_and_the_public_formula(top_k: 
         torch.testing.assert_close(torch.autograd.grad(got.sum(), scores)[0], wanted, atol=1e-12, rtol=0)
 
 
+def test_softmax_of_a_hidden_bag_may_be_nan() -> None:
+    probs = torch.tensor([[0.5, 0.5, 0.0], [math.nan] * 3], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    got = MilAdapter(kind="probs", bag_axis=0).entropy(probs, mask=mask, normalize=True)
+    assert got.tolist() == [[1.0], [0.0]]
+    assert torch.autograd.grad(got.sum(), probs)[0].isfinite().all()
+
+
 def test_top_k_counts_valid_instances() -> None:
     probs = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
     got = MilAdapter(kind="probs", bag_axis=0).entropy(probs, mask=mask, top_k=3, normalize=True)
     assert got.tolist() == [[1.0], [0.0]]
+    for kind, output in (("probs", torch.full((1, 4), 0.25)), ("scores", torch.zeros(1, 4))):
+        assert MilAdapter(kind=kind).entropy(output, top_k=2, normalize=True).item() == pytest.approx(1.0)
 
 
 # --- what the attention is -------------------------------------------------------------------------------------------
@@ -230,9 +240,18 @@ def test_auto_tells_weights_from_scores(masked: bool) -> None:
         np.testing.assert_allclose(got[:, 0], wanted, atol=1e-12)
 
 
+def test_what_is_filled_is_scores_whatever_the_others_sum_to() -> None:
+    row = np.array([0.3, 0.7])
+    for kind in ("auto", "scores"):
+        got = MilAdapter(kind=kind).entropy(torch.tensor([[*row, MASKED]]))
+        assert got.item() == pytest.approx(entropy(row), abs=1e-6)
+
+
 def test_auto_is_settled_by_the_first_bag_with_a_choice() -> None:
     reader = MilReader(MilAdapter())
     reader.read(torch.tensor([[1.0]]))  # one instance: weight 1, or a score
+    assert not reader.settled
+    reader.read(torch.tensor([[1.0, 7.0]]), torch.tensor([[1, 0]]))
     assert not reader.settled
     weights = torch.tensor([[0.2, 0.3, 0.5]])
     reader.read(weights)
@@ -246,7 +265,11 @@ def test_auto_is_settled_by_the_first_bag_with_a_choice() -> None:
     assert reader.read(weights)[0].item() == pytest.approx(entropy(weights[0].numpy()), abs=1e-6)
 
 
-@pytest.mark.parametrize("mask", [None, torch.ones(1, 4), torch.tensor([[1, 1, 1, 0]])], ids=["none", "full", "padded"])
+@pytest.mark.parametrize(
+    "mask",
+    [None, torch.ones(1, 4), torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 1, 1, 1]])],
+    ids=["none", "full", "padded", "weight_on_padding"],
+)
 def test_weights_taken_for_scores_are_refused(mask: Tensor | None) -> None:
     weights = torch.tensor([[0.5, 0.2, 0.3, 0.0]])
     with pytest.raises(ValueError, match=r"already a distribution.*set `MilAdapter\(kind='probs'\)`"):

@@ -1,6 +1,7 @@
 """A two-block transformer small enough for hundreds of fits, and its hand-written regularized twin."""
 
 import math
+import tempfile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -188,6 +189,7 @@ def trainer(callbacks: list[pl.Callback] | None = None, **kwargs: Any) -> pl.Tra
     settings: dict[str, Any] = dict(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, callbacks=callbacks or [],
+        default_root_dir=tempfile.mkdtemp(),  # where a monitor without a logger leaves its history
     )  # fmt: skip
     return pl.Trainer(**{**settings, **kwargs})
 

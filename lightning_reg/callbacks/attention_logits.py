@@ -11,7 +11,7 @@ from lightning_reg.capture import AttentionCall, Targets
 from lightning_reg.functional.attention_logits import logit_rows, logit_rows_from_scores
 from lightning_reg.losses import AttentionLogitLoss
 from lightning_reg.losses.attention_logits import Objective
-from lightning_reg.schedules import Schedule
+from lightning_reg.schedules import Schedule, TargetController
 
 if TYPE_CHECKING:
     from lightning_reg.engine import Tap
@@ -57,6 +57,8 @@ class AttentionLogitRegularizer(Regularizer):
             weight, targets=targets, schedule=schedule, layer_weights=layer_weights, mask=mask,
             allow_unused=allow_unused, name=name,
         )  # fmt: skip
+        if isinstance(schedule, TargetController) and schedule.quantity == "density":
+            raise ValueError(f"`quantity='density'` is of MLP activations, but {name} is about attention; use 'value'.")
         self.loss = AttentionLogitLoss(objective, bound=bound)
 
     def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:

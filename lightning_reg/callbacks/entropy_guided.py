@@ -36,7 +36,9 @@ class EntropyGuidedRegularizer(AttentionEntropyRegularizer):
     the mean entropy of the head's valid rows, as a share of log(visible keys). Each site, which is a module that
     computes attention, has one fp32 parameter (heads,). It gets its gradient from the penalty alone, is trained by the
     optimizer that trains the module, in a parameter group without weight decay, stays in [0, 1], and is kept in the
-    callback's part of a checkpoint: the model's ``state_dict`` and the model itself stay as they were.
+    callback's part of a checkpoint: the model's ``state_dict`` and the model itself stay as they were. Data parallelism
+    averages its gradient; sharded strategies, LBFGS, and heads that are folded into the batch are refused. In code that
+    is compiled with ``fullgraph`` the modules must say how many heads they have (``num_heads``).
 
     Args:
         weight: Strength, >= 0. The default is the paper's for small models; 0 measures and logs only.
@@ -100,6 +102,10 @@ class EntropyGuidedRegularizer(AttentionEntropyRegularizer):
             "margin": self.loss.margin, "threshold": self.threshold, "learnable": self.learnable,
             "objective": self.loss.objective,
         }  # fmt: skip
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Arguments as plain values, for loggers."""
+        return {**super().hyperparameters(), "threshold_lr": self.threshold_lr}
 
     # --- thresholds ---
 
@@ -193,8 +199,8 @@ class EntropyGuidedRegularizer(AttentionEntropyRegularizer):
 
     def _drop_unused(self) -> None:
         """Forget what was made for modules that computed no attention."""
-        if self._unused:
-            ran = {tap.site.label for tap in self._taps if tap.fired}
+        ran = {tap.site.label for tap in self._taps if tap.fired} if self._unused else set()
+        if ran:
             for site in self._unused - ran:
                 del self._thresholds[site]
             self._unused = set()

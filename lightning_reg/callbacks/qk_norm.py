@@ -4,12 +4,13 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_reg import qk_norm
+from lightning_reg import capture, qk_norm
 from lightning_reg.attention import NOTHING_FOUND, check_heads, find_attentions
 from lightning_reg.callbacks.building import BuildHooks, check_before_averaging
 from lightning_reg.callbacks.observer import Prepares
@@ -58,7 +59,8 @@ class QKNorm(Prepares, Callback):
         self._building = BuildHooks()
         self._names: list[str] = []  # attentions that have their norms from this callback
         self._inserted: list[str] = []  # by this run, which has trained nothing yet
-        self._checked = False
+        # attentions whose norms have not run yet: their parameters and norms
+        self._unchecked: dict[str, tuple[list[nn.Parameter], Any]] = {}
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""
@@ -107,7 +109,7 @@ class QKNorm(Prepares, Callback):
         if stage == "fit":
             check_before_averaging(trainer, self, "norms")
         self._release()
-        self._model, self._inserted, self._checked = pl_module, [], False
+        self._model, self._inserted, self._unchecked = pl_module, [], {}
         self._building.install(pl_module, lambda: self._insert(pl_module))
         self._insert(pl_module)
 
@@ -152,16 +154,22 @@ class QKNorm(Prepares, Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget that a sanity check ran the norms."""
-        for norms in self._own(pl_module).values():
+        modules = capture.named_modules(pl_module)
+        for name, norms in self._own(pl_module).items():
+            self._unchecked[name] = list(modules[name].parameters()), norms
             for norm in norms:
                 norm.fired = False
 
     @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the norms have run, before the first optimizer step."""
-        if self._checked:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Check, before the first step of what this optimizer trains, that the norms have run."""
+        if not self._unchecked:
             return
-        idle = [name for name, norms in self._own(pl_module).items() if not all(norm.fired for norm in norms)]
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        due = [name for name, (own, _) in self._unchecked.items() if any(id(part) in owned for part in own)]
+        idle = [name for name in due if not all(norm.fired for norm in self._unchecked.pop(name)[1])]
         if idle and not self.allow_unused:
             raise RuntimeError(
                 f"QKNorm: the queries and keys of {', '.join(idle)} did not pass its norms in the first step: the "
@@ -169,7 +177,6 @@ class QKNorm(Prepares, Callback):
                 "nn.MultiheadAttention, which torch hides in its graph. Leave it out with `targets=`, or set "
                 "`allow_unused=True` if it runs in some steps only."
             )
-        self._checked = True
 
     @override
     def on_train_batch_end(
@@ -213,6 +220,7 @@ class QKNorm(Prepares, Callback):
         self._inserted = []
 
     def _release(self) -> None:
+        self._unchecked = {}
         if self._model is not None:
             self._building.remove(self._model)
 

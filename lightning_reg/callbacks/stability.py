@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from lightning_reg import capture
@@ -501,6 +502,7 @@ class StabilityMonitor(Monitor):
             drift = headlines["log_z"] - (self._first_log_z or 0.0)
             headlines["log_z_drift"] = abs(drift)
         predicted = self._growth.update(step, headlines["max_logit"]) if "max_logit" in headlines else None
+        predicted = None if predicted is None or predicted <= step else predicted  # it has crossed
         if predicted is not None:
             headlines["predicted_step"] = float(predicted)
         fired = self._alarms.check(headlines)
@@ -727,7 +729,7 @@ def _reduced(trainer: pl.Trainer, pl_module: pl.LightningModule, headlines: dict
         return headlines
     row = [[headlines.get(name, 0.0), float(name in headlines)] for name in HEADLINES]
     table = torch.tensor(row, dtype=torch.float64, device=pl_module.device)
-    gathered = trainer.strategy.all_gather(table).reshape(-1, *table.shape).cpu()
+    gathered = torch.stack(gather_all_tensors(table)).cpu()
     found: dict[str, float] = {}
     for place, name in enumerate(HEADLINES):
         values = [float(value) for value, known in gathered[:, place] if known]

@@ -29,7 +29,8 @@ Cost
     From queries and keys: one matrix product forward and three backward, in blocks as ``attention_entropy`` does;
     memory linear in the number of tokens. Computed in float32 (float64 stays).
 When it hurts
-    Heads that point (induction, copying) need large logits: a low bound makes them worse. ``z^2`` has its minimum where
+    The gradient of the squared hinge grows with the excess: clip gradients when a run starts far above the bound. Heads
+    that point (induction, copying) need large logits: a low bound makes them worse. ``z^2`` has its minimum where
     the exponentials sum to 1, so it also pushes uniform attention over n keys towards logits of -log n.
 Not together with
     QK-norm, which bounds the logits itself, and soft-capping, behind whose tanh large logits have no gradient left.

@@ -123,5 +123,5 @@ def _head_means(entropy: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def _within(distance: Tensor, margin: float, objective: str) -> Tensor:
     """Whether a head costs nothing. NaN is never within, so that it stays visible."""
     if objective == "floor":
-        return distance > margin
+        return distance >= -margin
     return distance <= margin if objective == "ceiling" else distance.abs() <= margin

@@ -128,7 +128,7 @@ def _list(numbers: Sequence[float] | Tensor) -> Sequence[float] | Tensor:
 def fit_growth(steps: Tensor, values: Tensor, *, window: float = 0.5) -> tuple[float, float, float, float]:
     """``(c, b, a, standard error of b)`` of the card's parabola around the last of ``steps``; all is positive."""
     recent = _recent(steps, values, window)
-    x, y = (steps[recent] / steps[-1]).log().double(), values[recent].log().double()
+    x, y = (steps[recent].double() / steps[-1]).log(), values[recent].double().log()
     design = torch.stack([torch.ones_like(x), x, x.square()], 1)
     # as stable as the pseudo-inverse, and several times cheaper
     basis, triangle = torch.linalg.qr(design)

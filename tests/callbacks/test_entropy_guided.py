@@ -611,6 +611,7 @@ def test_thresholds_are_logged_and_follow_a_schedule_and_a_mask() -> None:
     assert logged["reg/entropy_guided/threshold"].item() == pytest.approx(learned(callback).mean().item(), rel=1e-6)
     assert logged["reg/entropy_guided/weight"].item() == pytest.approx(WEIGHT * 7 / 8)
     assert callback.hyperparameters()["threshold"] == START
+    assert callback.hyperparameters()["threshold_lr"] is None
 
 
 def test_it_is_an_attention_regularizer_with_the_papers_default() -> None:

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`",
     "ignore:.*acts from here on",
 )
+
+
 NAMES = ["max_logit", "entropy_min"]
 
 

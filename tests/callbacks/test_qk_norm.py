@@ -372,6 +372,16 @@ def test_attention_that_does_not_run_is_named_or_allowed() -> None:
     tiny.fit(Idle(), [QKNorm(heads=2, allow_unused=True)])
 
 
+def test_two_optimizers_are_checked_each_before_its_own_step() -> None:
+    module = tiny.Adversarial()
+    tiny.fit(module, [QKNorm(heads=2)])
+    assert len(norms_of(module)) == 4
+    module = tiny.Adversarial()
+    module.other.blocks[1].attention = nn.Sequential(nn.Linear(8, WIDTH), Bypass(key_heads=HEADS), nn.Linear(WIDTH, 8))
+    with pytest.raises(RuntimeError, match=r"queries and keys of other.blocks.1.attention.1 did not pass"):
+        tiny.fit(module, [QKNorm(targets=[r"other\.blocks\.1\.attention"])])
+
+
 def test_averaging_before_it_is_refused() -> None:
     with pytest.raises(
         ValueError, match="EMAWeightAveraging comes before QKNorm in `callbacks`, so .* without the norms"

@@ -22,7 +22,7 @@ from experiments import lr_sensitivity as sweep
 from experiments.lr_sensitivity_results import Run, read, spread, summarise, table, write_csv, write_results
 from experiments.models import ImageClassifier, LanguageModel
 from experiments.models.classifier import cosine
-from experiments.resolvers import choices, presets, remedy
+from experiments.resolvers import choices, preset_choices, remedy
 from experiments.run_info import ROOT
 from experiments.train import build, main
 from lightning_reg.functional.lr_sensitivity import LR_GRID
@@ -99,7 +99,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     assert sweep.run(config(tmp_path)) == first
     assert "done before" in capsys.readouterr().out
     # what does not decide the result may change
-    assert sweep.run(config(tmp_path, "remedies=[none]", "seeds=[0]", "logger=csv")) == first
+    assert sweep.run(config(tmp_path, "presets=[none]", "seeds=[0]", "logger=csv")) == first
 
 
 def test_a_run_with_other_settings_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_remedy_is_applied(tmp_path: Path) -> None:
 
 def test_lists_become_choices() -> None:
     assert choices([3e-4, 0.1]) == "0.0003,0.1"
-    assert presets(["none", "aem", "sigma_reparam+z_loss"]) == "[],[aem],[sigma_reparam,z_loss]"
+    assert preset_choices(["none", "aem", "sigma_reparam+z_loss"]) == "[],[aem],[sigma_reparam,z_loss]"
     nodes = {"progress_bar": None, "a": {"_target_": "x"}, "setting": {"weight": 1}, "b": {"_target_": "y"}}
     assert remedy(_root_=OmegaConf.create({"callbacks": nodes})) == "a+b"
     assert remedy(_root_=OmegaConf.create({"callbacks": {"progress_bar": None}})) == "none"
@@ -183,8 +183,8 @@ def test_the_sweep_is_the_papers(name: str) -> None:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", [f"sweep={name}", "output_dir=unused"], return_hydra_config=True)
     assert tuple(cfg.learning_rates) == LR_GRID
-    assert list(cfg.remedies) == ["none", "qk_norm", "sigma_reparam", "qk_clip", "softcap", "z_loss"]
-    assert set(cfg.remedies) - {"none"} <= set(shipped_presets())
+    assert list(cfg.presets) == ["none", "qk_norm", "sigma_reparam", "qk_clip", "softcap", "z_loss"]
+    assert set(cfg.presets) - {"none"} <= set(shipped_presets())
     assert dict(cfg.hydra.sweeper.params) == {
         "seed": "0,1,2",
         "lightning_reg": "[],[qk_norm],[sigma_reparam],[qk_clip],[softcap],[z_loss]",
@@ -292,7 +292,7 @@ def test_no_runs_are_an_error(tmp_path: Path) -> None:
 def test_multirun_ends_with_curves(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "experiments.train", "--multirun", "sweep=lr_sensitivity", *TINY, "seeds=[5]",
-        "remedies=[none,aem]", "learning_rates=[1e-3,1e30]", f"hydra.sweep.dir={tmp_path}",
+        "presets=[none,aem]", "learning_rates=[1e-3,1e30]", f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -43,7 +43,6 @@ def test_a_parabola_is_followed_exactly(level: float, growth: float, bend: float
 
 
 def test_a_power_law_crosses_where_it_should() -> None:
-    # 3e-8 t^4 = 1e4 * 3e-8 * ... at the fourth root
     assert predict_crossing(STEPS, [3e-9 * step**4 for step in STEPS]) == pytest.approx((1e4 / 3e-9) ** 0.25, rel=1e-9)
 
 
@@ -99,11 +98,11 @@ def test_flat_scatter_below_the_threshold_is_no_growth(seed: int) -> None:
 
 def test_growth_must_stand_out_of_its_scatter() -> None:
     generator = np.random.default_rng(0)
-    values = np.exp(9.0 + 0.9 * np.log(np.array(STEPS) / 1000) + generator.normal(0, 0.3, len(STEPS)))
+    values = np.exp(8.0 + 3.0 * np.log(np.array(STEPS) / 1000) + generator.normal(0, 0.2, len(STEPS)))
     _, growth, _, error = fit_growth(torch.tensor(STEPS), torch.tensor(values))
     assert growth > 0.5
-    assert predict_crossing(STEPS, values, confidence=0.9 * growth / error) is not None
-    assert predict_crossing(STEPS, values, confidence=1.1 * growth / error) is None
+    assert predict_crossing(STEPS, values, confidence=0.9 * growth / error, reach=9) is not None
+    assert predict_crossing(STEPS, values, confidence=1.1 * growth / error, reach=9) is None
 
 
 def test_minimum_growth_is_the_exponent_now() -> None:
