@@ -1,6 +1,7 @@
 """A report of a run as one HTML file that opens from disk: python -m experiments.report outputs/quickstart/<run>."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,13 @@ def sections(arms: Sequence[Arm]) -> list[Section]:
              *_by_site(arms, "attention_entropy", low=0, high=1)],
         ),
         Section(
+            "Stability",
+            "What runs away before the loss does: the largest attention logit, the least entropy of a head and the "
+            "number of keys it still sees, the output's logits (log Z), outliers in the residual stream, and the "
+            f"gradient. {_alarms(arms)}",
+            _stability(arms),
+        ),
+        Section(
             "Activation density",
             "The share of MLP activations that are not exactly 0, on training batches. Lower is sparser. Sparsity is "
             "only worth something where accuracy holds; it saves time with kernels made for it, not by itself.",
@@ -119,6 +127,7 @@ def short_names(sites: Sequence[str]) -> list[str]:
     return [f"layer {name}" if name.isdigit() else name for name in names]
 
 
+_GUARD = re.compile(r"reg/[^/]+/active")
 _LEARNING = (("training loss", "train/loss"), ("validation loss", "val/loss"), ("validation accuracy", "val/accuracy"))
 
 
@@ -156,6 +165,43 @@ def _progress(arms: Sequence[Arm]) -> list[Chart]:
         return []
     density = _mean_of(arms, "activation_density", "activation density, mean of all layers")
     return [_arms_chart("weight of the penalty", weights), density, _compare(arms, "validation loss", "val/loss")]
+
+
+_HEADLINES = {
+    "max_logit": "largest |attention logit|",
+    "entropy_min": "entropy of the lowest head, 1 = uniform",
+    "effective_keys_min": "keys that the most concentrated head sees, exp(H)",
+    "log_z": "mean log Z of the output's logits",
+    "massive_activation": "max / median of a block's output, largest",
+    "gradient_rms": "root mean square of the gradient",
+}
+
+
+def _stability(arms: Sequence[Arm]) -> list[Chart]:
+    """Headlines of the stability monitor, and when a guard acted."""
+    charts = [
+        _arms_chart(title, [(arm.name, arm.headline(name)) for arm in arms])
+        for name, title in _HEADLINES.items()
+        if any(arm.headline(name) for arm in arms)
+    ]
+    guards = dict.fromkeys(key for arm in arms for key in arm.metrics if _GUARD.fullmatch(key))
+    return charts + [_compare(arms, f"{key.split('/')[1]}: 1 while it acts", key) for key in guards]
+
+
+def _alarms(arms: Sequence[Arm]) -> str:
+    """The alarms in a sentence each."""
+    told = [
+        f"{arm.name}, step {step}: {alarm['kind']}, {alarm['quantity']} = {_shown(alarm['value'])} (level "
+        f"{alarm['level']:g})."
+        for arm in arms
+        for step, alarm in arm.alarms()
+    ]
+    return " ".join(["Alarms:", *told]) if told else "No alarm went off."
+
+
+def _shown(value: float | None) -> str:
+    """A number of the history, which cannot hold those that are not finite."""
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _strengths(arms: Sequence[Arm]) -> list[Chart]:

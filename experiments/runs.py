@@ -1,9 +1,9 @@
-"""Reads what a run has written: `summary.json`, and `metrics.csv` and `reg_monitor.jsonl` of each arm."""
+"""Reads what a run has written: `summary.json`, and of each arm `metrics.csv` and the monitors' histories."""
 
 import csv
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: logged scalars by name, and the monitor's lines."""
+    """One training: logged scalars by name, and the lines of its monitors."""
 
     name: str
     metrics: dict[str, Points]
     monitor: list[dict[str, Any]]
+    stability: list[dict[str, Any]] = field(default_factory=list)
 
     def sites(self, quantity: str) -> dict[str, Points]:
         """A quantity of the monitor by site over steps; the mean over heads where there are several."""
@@ -34,6 +35,15 @@ class Arm:
                 by_step[step].append(value)
         return [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
 
+    def headline(self, name: str) -> Points:
+        """A headline of the stability monitor over steps, where it is finite."""
+        values = [(line["step"], line["headlines"].get(name)) for line in self.stability]
+        return [(step, value) for step, value in values if value is not None]
+
+    def alarms(self) -> list[tuple[int, dict[str, Any]]]:
+        """Alarms of the stability monitor, with their steps."""
+        return [(line["step"], alarm) for line in self.stability for alarm in line.get("alarms", [])]
+
 
 def load_run(folder: Path) -> tuple[dict[str, Any], list[Arm]]:
     """Summary and arms of a run.
@@ -50,7 +60,8 @@ def load_run(folder: Path) -> tuple[dict[str, Any], list[Arm]]:
 
 def load_arm(folder: Path) -> Arm:
     """The logs of one arm; a missing file is an empty log."""
-    return Arm(folder.name, _metrics(folder / "metrics.csv"), _lines(folder / "reg_monitor.jsonl"))
+    histories = (_lines(folder / f"{name}.jsonl") for name in ("reg_monitor", "stability"))
+    return Arm(folder.name, _metrics(folder / "metrics.csv"), *histories)
 
 
 def _metrics(path: Path) -> dict[str, Points]:

@@ -30,6 +30,7 @@ from lightning_reg.callbacks import (
     AttentionEntropyRegularizer,
     RegMonitor,
     SigmaReparam,
+    StabilityMonitor,
 )
 
 BASELINE = "no callback"
@@ -67,6 +68,7 @@ def contests() -> list[Contest]:
         Contest("sigma-Reparam", lambda: [SigmaReparam()], usual.add_spectral_norm),
         Contest("all three", lambda: [SigmaReparam(), entropy(), density()], all_usual),
         Contest("monitor", lambda: [RegMonitor()], None),
+        Contest("stability monitor", lambda: [StabilityMonitor()], None),
     ]
 
 

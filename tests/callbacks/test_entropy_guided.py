@@ -163,7 +163,7 @@ def test_training_equals_the_handwritten_loss(case: str) -> None:
         assert tiny.distance(wanted, torch.full_like(wanted, START)) > DIFFERENT
 
 
-def test_compiled_blocks_train_like_eager_ones() -> None:
+def test_compiled_attention_trains_like_eager() -> None:
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
@@ -172,7 +172,7 @@ def test_compiled_blocks_train_like_eager_ones() -> None:
     trained.num_heads = tiny.HEADS  # of a module that computes no attention: its thresholds are dropped
     for block in trained.net.blocks:
         block.attention.num_heads = tiny.HEADS
-        block.compile(backend="aot_eager", fullgraph=True)
+        block.attention.compile(backend="aot_eager", fullgraph=True)
     fit(twin)
     fit(trained, callback)
     assert tiny.distance(weights(trained), weights(twin)) <= EXACT

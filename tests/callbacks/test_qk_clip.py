@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_reg import regularize
 from lightning_reg.callbacks import AttentionEntropyRegularizer, QKClip, QKNorm, SigmaReparam
+from lightning_reg.callbacks.qk_clip import _over_processes
 from lightning_reg.engine import Engine
 from tests import attentions, tiny
 from tests.attentions import BATCH, HEADS, NETS, TOKENS, WIDTH, Fit, Written, inputs, make, max_logits
@@ -198,6 +199,13 @@ def test_logits_that_are_not_finite_clip_nothing() -> None:
 
     tiny.fit(Broken(net), [QKClip(threshold=1e-3)])
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_maximum_that_is_no_number_is_the_largest_for_every_process() -> None:
+    """A reduction to the maximum may drop it on one process and keep it on another."""
+    one, other = _over_processes([torch.tensor([math.nan, 1.0]), torch.tensor([2.0], dtype=torch.float64)])
+    assert one.tolist() == [math.inf, 1.0]
+    assert (other.tolist(), other.dtype) == ([2.0], torch.float64)
 
 
 def test_compiled_attention_equals_eager_without_graph_breaks() -> None:

@@ -357,7 +357,8 @@ def test_compiled_code_has_a_variant_that_sees_and_one_that_does_not(part: str) 
     tiny.trainer([monitor], log_every_n_steps=3).fit(module)
     assert torch.equal(tiny.parameters(module), tiny.parameters(plain))
     assert not counters["graph_break"], dict(counters["graph_break"])
-    assert counters["stats"]["unique_graphs"] <= 2 * graphs  # not one for each step's sample
+    # awake and asleep, and the block with the head is not like the others; four samples would give eight and more
+    assert counters["stats"]["unique_graphs"] <= 3 * graphs
     assert [record["step"] for record in monitor.history] == [0, 2, 5, 8]
     eager = StabilityMonitor(rows=6)
     fit(tiny.Tiny(batches=9), eager, log_every_n_steps=3)
@@ -641,25 +642,30 @@ def test_a_predicted_crossing_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
 
 
-def test_growth_towards_divergence_is_predicted_ahead() -> None:
-    class Halfway(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            trainer.should_stop = trainer.global_step == 80
+class Same(Heated):
+    """The same batch in each step."""
 
-    # logits like the square of the step, 1e4 at `crossing`
-    module = Heated(*(0.7 * step for step in range(1, 101)))
+    def train_dataloader(self) -> DataLoader:
+        (x,) = next(iter(tiny.loader(1)))
+        return DataLoader(TensorDataset(x.repeat(len(self.factors), 1, 1)), batch_size=4)
+
+
+def test_growth_towards_divergence_is_predicted_ahead() -> None:
+    class Early(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 45
+
     monitor = StabilityMonitor(warn={}, quantities=["attention"])
-    fit(module, Halfway(), monitor, max_epochs=5)
+    fit(Same(*(step for step in range(1, 61))), Early(), monitor, max_epochs=3)
     last = monitor.history[-1]
-    assert last["step"] == 79
-    crossing = 80 * math.sqrt(1e4 / last["headlines"]["max_logit"])
-    assert 90 < crossing < 160
-    alarms = [(record["step"], alarm) for record in monitor.history for alarm in record.get("alarms", [])]
-    ((step, alarm),) = alarms
+    assert last["step"] == 44
+    crossing = 45 * math.sqrt(1e4 / last["headlines"]["max_logit"])  # logits like the square of the step
+    assert 50 < crossing < 85
+    ((step, (alarm,)),) = [(record["step"], record["alarms"]) for record in monitor.history if "alarms" in record]
     assert (alarm["kind"], alarm["quantity"], alarm["level"]) == ("predicted", "max_logit", 1e4)
-    assert step < 79
-    assert alarm["value"] == pytest.approx(crossing, rel=0.1)
-    assert monitor.latest["predicted_step"] == pytest.approx(crossing, rel=0.05)
+    assert step < 44
+    assert alarm["value"] == pytest.approx(crossing, rel=0.02)
+    assert monitor.latest["predicted_step"] == pytest.approx(crossing, rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
