@@ -74,7 +74,9 @@ class _Rewritten(nn.Module):
 
 
 def _remake(plain: type) -> nn.Module:
-    return object.__new__(_rewritten_class(plain))
+    module: nn.Module = object.__new__(_rewritten_class(plain))
+    _hold(module)  # now: a fast path would not enter its forward
+    return module
 
 
 def _rewritten_class(plain: type) -> type:
@@ -163,6 +165,13 @@ def find(root: nn.Module, kind: str) -> dict[str, nn.Module]:
 def rewrites_of(module: nn.Module) -> Mapping[str, Rewrite]:
     """Rewrites of a module by kind."""
     return module.__dict__.get(capture.REWRITES, {})
+
+
+def compiled_multihead(root: nn.Module, kind: str) -> list[str]:
+    """Names of the ``nn.MultiheadAttention`` with a rewrite that run in compiled code, where it is not reached."""
+    compiled = [name for name, module in capture.named_modules(root).items() if capture.is_compiled(module)]
+    found = [name for name, module in find(root, kind).items() if isinstance(module, nn.MultiheadAttention)]
+    return [name for name in found if any(not top or name == top or name.startswith(f"{top}.") for top in compiled)]
 
 
 def record(root: nn.Module, kind: str) -> dict[str, dict[str, Any]]:

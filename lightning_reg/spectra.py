@@ -40,7 +40,7 @@ class Weights:
 
     @torch.no_grad()
     def spectra(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """``(norms, ranks)`` of each weight: norms of its parts or the largest, ranks of its parts, inf if not known."""
+        """``(norms, ranks)`` of each weight: norms of parts or their largest, ranks of parts, inf if not known."""
         parts = {label: [(label, part) for part in range(entry[2])] for label, entry in self.entries.items()}
         every = [matrix for matrices in parts.values() for matrix in matrices]
         chosen = self._next(every)

@@ -15,7 +15,18 @@ ROOT = Path(lightning_reg.__file__).parent
 QUANTITIES = {path.stem for path in (ROOT / "functional").glob("*.py")} - {"__init__", "_tokens"}
 SHARED = {
     "metrics": {"base"},
-    "callbacks": {"guard", "building", "observer", "regularizer", "control", "monitor", "recording", "stability", "progressive_sparsity"},
+    "callbacks": {
+        "building",
+        "control",
+        "guard",
+        "monitor",
+        "observer",
+        "progressive_sparsity",
+        "recording",
+        "regularizer",
+        "stability",
+        "surgery",
+    },
     "losses": set(),
 }
 # who may import whom: never back
@@ -60,6 +71,8 @@ LAYERS = {
         "alarms",
         "sampling",
         "spectra",
+        "rewriting",
+        "conditions",
     },
 }
 CARD = ("Formula", "Source", "Input", "Unit and range", "Default and why", "Cost", "When it hurts", "Not together with")
@@ -72,7 +85,8 @@ SURFACE = {
         "max_attention_logit_from_scores", "prediction_entropy", "z_loss", "exact_density", "exact_chunk_density",
         "attention_support", "effective_keys", "largest_weight", "entropy_floor", "entropy_floor_from_scores",
         "effective_rank", "massive_activations", "gradient_rms",
-        "cett", "cett_threshold", "dead_neurons", "lr_sensitivity", "predict_crossing", "reuse_ratio", "spectral_norm", "spectral_reparam",
+        "cett", "cett_threshold", "dead_neurons", "lr_sensitivity", "predict_crossing", "reuse_ratio",
+        "spectral_norm", "spectral_reparam",
         "entropy_guided", "layer_norm_scaling", "softcap", "softcapped_attention", "stochastic_attention",
         "drelu", "fatrelu", "relu2", "shifted_relu", "statistical_topk", "topk",
         "qk_clip_factors", "qk_norm",
@@ -84,20 +98,19 @@ SURFACE = {
         "AttentionEntropyLoss", "ChunkDensityLoss", "TemporalDeltaLoss",
     },
     "lightning_reg.metrics": {
-        "AttentionSupport", "EffectiveRank", "MassiveActivations", "ActivationDensity", "AttentionEntropy", "CETT", "ChunkDensity", "DeadNeurons", "LRSensitivity", "ReuseRatio",
-        "SpectralNorm", "WeightSparsity",
+        "ActivationDensity", "AttentionEntropy", "AttentionSupport", "CETT", "ChunkDensity", "DeadNeurons",
+        "EffectiveRank", "LRSensitivity", "MassiveActivations", "ReuseRatio", "SpectralNorm", "WeightSparsity",
     },
     "lightning_reg.callbacks": {
         "ActivationDensityRegularizer", "ActivationHoyerRegularizer", "ActivationL1Regularizer",
-        "AttentionLogitRegularizer", "EntropyGuidedRegularizer", "LayerNormScaling", "PredictionEntropyRegularizer", "ZLossRegularizer",
-        "ActivationLocalityRegularizer", "ChunkDensityRegularizer", "TemporalDeltaRegularizer",
-        "ActivationSubstitution", "AttentionEntropyRegularizer", "QKClip", "QKNorm", "ProgressiveSparsity", "Regularizer", "RegMonitor",
-        "StabilityMonitor",
-        "SigmaReparam",
+        "ActivationLocalityRegularizer", "AttentionEntropyRegularizer", "AttentionLogitRegularizer",
+        "ChunkDensityRegularizer", "EntropyGuidedRegularizer", "PredictionEntropyRegularizer", "Regularizer",
+        "TemporalDeltaRegularizer", "ZLossRegularizer",
+        "ActivationSubstitution", "LayerNormScaling", "ProgressiveSparsity", "QKClip", "QKNorm", "SigmaReparam",
+        "SoftCap", "StochasticAttention", "WeightSparsity",
+        "Guard", "RegMonitor", "StabilityMonitor",
         "apply_sigma_reparam", "fold_checkpoint", "merge_sigma_reparam", "update_sigma_reparam",
-        "WeightSparsity",
-        "SoftCap", "load_softcap", "remove_softcap", "StochasticAttention",
-        "Guard", "StabilityMonitor",
+        "load_softcap", "remove_softcap",
     },
 }  # fmt: skip
 

@@ -1,11 +1,14 @@
 """For callbacks whose parameters must exist before the optimizer does, however late the model is built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
+
+_PER_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_values", "_last_lr")
 
 
 class BuildHooks:
@@ -56,3 +59,23 @@ def check_before_averaging(trainer: pl.Trainer, callback: Callback, what: str) -
                 f"{type(other).__name__} comes before {name} in `callbacks`, so it would average a model without the "
                 f"{what}. Put {name} first."
             )
+
+
+def takes_groups(optimizer: Any) -> bool:
+    """Whether an optimizer takes further parameter groups."""
+    return not isinstance(optimizer, torch.optim.LBFGS) and type(optimizer).__name__ != "ZeroRedundancyOptimizer"
+
+
+def nested_schedulers(scheduler: Any) -> Iterator[Any]:
+    """A learning rate scheduler and those it is made of."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", []):
+        yield from nested_schedulers(inner)
+
+
+def extend_schedules(scheduler: Any, index: int, groups: int) -> None:
+    """Give the new last group the schedule of group ``index``."""
+    for attribute in _PER_GROUP:
+        values = getattr(scheduler, attribute, None)
+        if isinstance(values, list) and len(values) == groups:
+            setattr(scheduler, attribute, [*values, values[index]])

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.attention_entropy import AttentionEntropyRegularizer
+from lightning_reg.callbacks.building import extend_schedules, nested_schedulers, takes_groups
 from lightning_reg.callbacks.observer import Mask
 from lightning_reg.callbacks.regularizer import LayerWeights
-from lightning_reg.callbacks.spectral_norm import _extend, _nested, _takes_groups
 from lightning_reg.capture import Targets
 from lightning_reg.engine import Engine, Tap
 from lightning_reg.functional.entropy_guided import GuidedObjective, check_share_of_entropy, head_count
@@ -236,7 +236,7 @@ class EntropyGuidedRegularizer(AttentionEntropyRegularizer):
         self._optimizers = len(trainer.optimizers)
         self._to(pl_module.device)
         for number, optimizer in enumerate(trainer.optimizers):
-            if not _takes_groups(optimizer):
+            if not takes_groups(optimizer):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} takes no other parameter group, so it cannot train thresholds. Set "
                     "`learnable=False`, or use another optimizer."
@@ -408,9 +408,9 @@ def _add_group(trainer: pl.Trainer, optimizer: Any, name: str, threshold: nn.Par
             own[key] = own[key] * factor  # a learning rate kept in a tensor is written in place: not that of the model
     optimizer.add_param_group({**own, "params": [(name, threshold)] if "param_names" in first else [threshold]})
     for config in trainer.lr_scheduler_configs:
-        for scheduler in _nested(config.scheduler):
+        for scheduler in nested_schedulers(config.scheduler):
             if getattr(scheduler, "optimizer", optimizer) is optimizer:
-                _extend(scheduler, 0, len(optimizer.param_groups) - 1)
+                extend_schedules(scheduler, 0, len(optimizer.param_groups) - 1)
                 _scale_last(scheduler, len(optimizer.param_groups), factor)
 
 

@@ -133,7 +133,7 @@ class SoftCap(Surgery):
     ) -> None:
         """Watch, in the first batch, what attention is reached."""
         if not self._checked:
-            collect_unreached(self._rewrite)
+            collect_unreached(self._rewrite, "SoftCap", pl_module)
 
     @override
     def on_train_batch_end(

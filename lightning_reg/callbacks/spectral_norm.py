@@ -3,7 +3,7 @@
 The mechanism is `lightning_reg.reparam`, the formula `lightning_reg.functional.spectral_norm`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture, reparam
-from lightning_reg.callbacks.building import BuildHooks, check_before_averaging
+from lightning_reg.callbacks.building import (
+    BuildHooks,
+    check_before_averaging,
+    extend_schedules,
+    nested_schedulers,
+    takes_groups,
+)
 from lightning_reg.callbacks.regularizer import describe_targets
 from lightning_reg.capture import Targets
 from lightning_reg.reparam import FusedQKV, Init
-
-_PER_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_values", "_last_lr")
-
 
 # --- optimizers ------------------------------------------------------------------------------------------------------
 
@@ -39,7 +42,7 @@ def _place_gains(trainer: pl.Trainer, layers: list[reparam.Layer], decay: bool) 
         place = holder.get(id(gain))
         if place is None:
             place = holder.get(id(layer.original))
-            if place is None or not _takes_groups(place[0]):
+            if place is None or not takes_groups(place[0]):
                 raise RuntimeError(
                     f"No optimizer trains the gain of {layer.label!r}, and none that takes another parameter group "
                     "holds its weight. Build the optimizer in `configure_optimizers` from `self.parameters()`."
@@ -49,10 +52,6 @@ def _place_gains(trainer: pl.Trainer, layers: list[reparam.Layer], decay: bool) 
         moves.setdefault(id(place[1]), (*place, []))[2].append(layer)
     for optimizer, group, moved in moves.values():
         _to_own_group(trainer, optimizer, group, moved, decay)
-
-
-def _takes_groups(optimizer: Any) -> bool:
-    return not isinstance(optimizer, torch.optim.LBFGS) and type(optimizer).__name__ != "ZeroRedundancyOptimizer"
 
 
 def _to_own_group(
@@ -75,23 +74,9 @@ def _to_own_group(
     index = next(i for i, candidate in enumerate(optimizer.param_groups) if candidate is group)
     optimizer.add_param_group({**own, "params": parameters})
     for config in trainer.lr_scheduler_configs:
-        for scheduler in _nested(config.scheduler):
+        for scheduler in nested_schedulers(config.scheduler):
             if getattr(scheduler, "optimizer", optimizer) is optimizer:
-                _extend(scheduler, index, len(optimizer.param_groups) - 1)
-
-
-def _nested(scheduler: Any) -> Iterator[Any]:
-    yield scheduler
-    for inner in getattr(scheduler, "_schedulers", []):
-        yield from _nested(inner)
-
-
-def _extend(scheduler: Any, index: int, groups: int) -> None:
-    """Give the new last group the schedule of group ``index``."""
-    for attribute in _PER_GROUP:
-        values = getattr(scheduler, attribute, None)
-        if isinstance(values, list) and len(values) == groups:
-            setattr(scheduler, attribute, [*values, values[index]])
+                extend_schedules(scheduler, index, len(optimizer.param_groups) - 1)
 
 
 # --- the callback ----------------------------------------------------------------------------------------------------

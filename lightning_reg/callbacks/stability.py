@@ -390,6 +390,7 @@ class StabilityMonitor(Monitor):
         super()._forget()
         self._weights: Weights | None = None
         self._blocks = []
+        self._layers: dict[str, str] = {}  # of parameters by name
         self._tops: list[str] = []  # modules that compute attention
         self._gradients: dict[str, tuple[Tensor, int]] = {}
         self._take_gradients = False
@@ -444,8 +445,11 @@ class StabilityMonitor(Monitor):
 
     def _layer_of(self, name: str) -> str:
         """The block that a parameter belongs to, else the module."""
-        blocks = [block for block in self._blocks if at_or_below(name, block)]
-        return max(blocks, key=len) if blocks else name.rpartition(".")[0]
+        if name not in self._layers:
+            path = capture._plain_path(name)
+            blocks = [block for block in self._blocks if at_or_below(path, block)]
+            self._layers[name] = max(blocks, key=len) if blocks else path.rpartition(".")[0]
+        return self._layers[name]
 
     # --- measure ---
 
@@ -619,7 +623,7 @@ def _gradients(model: nn.Module, ours: set[int], layer_of: Callable[[str], str])
     layers: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and id(parameter) in ours:
-            layers.setdefault(layer_of(capture._plain_path(name)), []).append(_local(parameter.grad))
+            layers.setdefault(layer_of(name), []).append(_local(parameter.grad))
     found: dict[str, tuple[Tensor, int]] = {}
     for device in dict.fromkeys(tensors[0].device for tensors in layers.values()):
         here = {layer: tensors for layer, tensors in layers.items() if tensors[0].device == device}

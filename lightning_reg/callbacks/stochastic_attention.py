@@ -140,7 +140,7 @@ class StochasticAttention(Callback):
         """Draw anew."""
         self._draw(trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
         if not self._checked:
-            collect_unreached(self._rewrite)
+            collect_unreached(self._rewrite, "StochasticAttention", pl_module)
 
     @override
     def on_train_batch_end(

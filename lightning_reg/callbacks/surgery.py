@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Prepares
-from lightning_reg.rewriting import Rewrite
+from lightning_reg.rewriting import Rewrite, compiled_multihead
 
 
 class Surgery(Prepares, Callback):
@@ -170,14 +170,19 @@ class Surgery(Prepares, Callback):
                 self.repeat(self._model, self._record)
 
 
-def collect_unreached(rewrite: Rewrite) -> None:
-    """Begin to note which attention a rewrite reaches."""
+def collect_unreached(rewrite: Rewrite, callback: str, model: nn.Module) -> None:
+    """Before the first batch: begin to note which attention a rewrite reaches; raise for what it cannot reach."""
+    if name := next(iter(compiled_multihead(model, rewrite.kind)), None):
+        raise RuntimeError(
+            f"{callback} cannot reach the attention of {name!r}: compiled code enters `nn.MultiheadAttention` without "
+            "its Python. Compile other modules, or leave it out with `targets=`."
+        )
     rewrite.fired = False
     capture.unrewritten = []
 
 
 def check_reached(rewrite: Rewrite, callback: str, everything: bool) -> None:
-    """After the first batch: raise a RuntimeError if a rewrite reached none, or with ``everything`` not all, attention."""
+    """After the first batch: raise a RuntimeError if a rewrite reached none, or, with ``everything``, missed some."""
     missed, capture.unrewritten = capture.unrewritten or [], None
     if not rewrite.active:
         return

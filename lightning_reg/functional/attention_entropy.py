@@ -28,7 +28,8 @@ When it hurts
     multiple-instance learning is mixed: the authors gain on three sets of slides, tuning the weight on each from 0.001
     to 0.2; public trials of CLAM with strong encoders lost 0.01 to 0.08 of their score at every weight tried (single
     seeds), and where attention is near uniform anyway the term does nothing. Try ``floor``, which leaves sparse lesions
-    alone.
+    alone. Made to collapse on purpose (``experiments/results/collapse.md``), attention whose rows were one key to
+    rounding was lifted by no entropy term, while maximizing from the start prevented it: it shapes, it does not rescue.
 Not together with
     Products that are not distributions, such as Nystrom attention: their "entropy" has no meaning.
 """

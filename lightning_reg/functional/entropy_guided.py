@@ -22,7 +22,9 @@ Cost
 When it hurts
     A learned threshold has no gradient but the penalty's, so it drifts to where its head already is, and the penalty
     ends: ``learnable=False`` of the callback holds it. The paper's gains are of small models without LayerNorm, whose
-    entropy is too high; the gradient in the scores vanishes on a collapsed head, which this cannot revive.
+    entropy is too high; the gradient in the scores vanishes on a collapsed head, which this cannot revive:
+    in a collapse made on purpose (``experiments/results/collapse.md``) it prevented and lifted the milder one in part,
+    and left the harder one as it was.
 Not together with
     Another bound on the same entropy, such as ``AttentionEntropyRegularizer``: the two pull at one number.
 """

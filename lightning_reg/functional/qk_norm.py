@@ -21,6 +21,8 @@ Cost
 When it hurts
     Gains can grow instead of norms: then weight decay on them helps, which is what an optimizer built from
     ``model.parameters()`` does; else exclude them as other norms are. No cure for loss spikes of other causes.
+    In a collapse made on purpose (``experiments/results/collapse.md``) it prevented, and rescued where it was inserted
+    into the collapsed model.
 Not together with
     QK-clip, which cannot scale what is normalised; sigma-Reparam on the query and key projections, which it makes
     pointless. A second QK-norm.

@@ -19,7 +19,9 @@ Cost
     optimizer step.
 When it hurts
     Models that need sharp heads; see the evidence in the README. Weight decay on W only changes its effective
-    learning rate; on ``gain`` it shrinks the function, so ``gain`` is left out of weight decay by default.
+    learning rate; on ``gain`` it shrinks the function, so ``gain`` is left out of weight decay by default. In a
+    collapse made on purpose (``experiments/results/collapse.md``) it prevented, the harder one in part, and did not
+    rescue: it starts at the spectral norms of the collapsed weights, and nothing lowers them.
 Not together with
     QK-norm on the same projections (it removes their scale already), or another parametrization of the weight.
 """

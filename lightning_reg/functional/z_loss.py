@@ -22,7 +22,9 @@ Cost
     the logits and one number of each position; a loss that upcasts logits in half precision would have freed them.
 When it hurts
     A model that must say how sure it is by the size of its logits (energy-based, some contrastive losses). Large
-    weights slow the start, where z is log(classes).
+    weights slow the start, where z is log(classes). It
+    acts on the output's logits only: against a collapse of attention (``experiments/results/collapse.md``) it did
+    nothing.
 Not together with
     A loss that contains it already (flash-attention's and Liger's ``lse_square_scale``): it would count twice.
     Soft-capped logits are bounded anyway; take the logits after the cap.
