@@ -78,7 +78,7 @@ def test_presets_are_the_papers_numbers() -> None:
 
 def test_sigma_reparam_comes_before_everything_that_sees_its_parameters() -> None:
     regularizers = [key for key in compose("experiment=quickstart").callbacks if key != "progress_bar"]
-    assert regularizers == ["sigma_reparam", "aem", "deft", "prosparse", "monitor"]
+    assert regularizers == ["sigma_reparam", "aem", "deft", "prosparse", "monitor", "stability"]
 
 
 def test_seed_zero_is_a_seed() -> None:
