@@ -42,7 +42,7 @@ _NEVER_ATTENTION = (
 SITE = "_lightning_reg_site"
 REWRITES = "_lightning_reg_rewrites"  # on a module: what changes its attention, by kind
 ORIGINAL = "_lightning_reg_original"  # on a substituted activation: what was there before
-_ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
+ATTENTION_NAME = re.compile(r"att(n|ention)|mil|pool", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"router|expert|moe", re.IGNORECASE)
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 _WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "CheckpointWrapper")
@@ -539,7 +539,7 @@ def takes_softmax(path: str, scores: Tensor, dim: int) -> bool:
     """Whether a softmax is attention, by its shape and by the name and class of the module that calls it."""
     if _ROUTER_NAME.search(path):
         return False
-    return (scores.dim() >= 4 and dim in (-1, scores.dim() - 1)) or bool(_ATTENTION_NAME.search(path))
+    return (scores.dim() >= 4 and dim in (-1, scores.dim() - 1)) or bool(ATTENTION_NAME.search(path))
 
 
 def _no_site() -> None:

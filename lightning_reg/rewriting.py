@@ -7,7 +7,7 @@ A rewritten module has a subclass of its class, one for all of that class, so th
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -237,5 +237,7 @@ def select_modules(targets: Targets, root: nn.Module) -> list[str]:
     return chosen
 
 
-def _computes(name: str, candidates: Iterable[str]) -> bool:
-    return not any(other != name and (not name or other.startswith(f"{name}.")) for other in candidates)
+def _computes(name: str, candidates: Mapping[str, nn.Module]) -> bool:
+    own = f"{name.rpartition('.')[2]} {type(candidates[name]).__name__}"
+    holds = any(other != name and (not name or other.startswith(f"{name}.")) for other in candidates)
+    return not holds or bool(capture.ATTENTION_NAME.search(own))

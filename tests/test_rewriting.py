@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_reg import capture, regularize, rewriting
 from lightning_reg.callbacks import (
     AttentionEntropyRegularizer,
+    QKNorm,
     SoftCap,
     StochasticAttention,
     load_softcap,
@@ -388,3 +390,42 @@ def test_switched_off_it_leaves_attention_alone() -> None:
 def test_bad_seed(seed: object) -> None:
     with pytest.raises(ValueError, match=r"`seed` must be an integer in \[0, 2\*\*31\), got"):
         StochasticAttention(0.5, seed=seed)  # type: ignore[arg-type]
+
+
+def test_attention_that_holds_norms_of_its_own_is_reached() -> None:
+    net, x = timm_vit(True)
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    trainer = tiny.trainer([QKNorm(), SoftCap(CAP)], max_steps=2)
+    trainer.fit(module, DataLoader(torch.cat([x, x]), batch_size=2))
+    capped_at = {name for name in rewriting.record(module, "softcap") if name.endswith("attn")}
+    assert capped_at == {"net.blocks.0.attn", "net.blocks.1.attn"}
+
+
+def test_compiled_multihead_attention_is_refused() -> None:
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch_encoder()[0]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    module.net.layers[0].compile(backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"SoftCap cannot reach the attention of 'net.layers.0.self_attn'"):
+        tiny.trainer([SoftCap(CAP)], max_steps=1).fit(module, DataLoader(torch.randn(2, 5, 8), batch_size=2))

@@ -24,7 +24,8 @@ When it hurts
     A model that must say how sure it is by the size of its logits (energy-based, some contrastive losses). Large
     weights slow the start, where z is log(classes). It
     acts on the output's logits only: against a collapse of attention (``experiments/results/collapse.md``) it did
-    nothing.
+    nothing. In bfloat16 logits the gradient of a small weight is lost in the rounding of the loss's own
+    (2 w z against 2^-8): keep the head in float32.
 Not together with
     A loss that contains it already (flash-attention's and Liger's ``lse_square_scale``): it would count twice.
     Soft-capped logits are bounded anyway; take the logits after the cap.

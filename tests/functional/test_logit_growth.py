@@ -89,6 +89,10 @@ def test_no_crossing(function: Callable[[float], float]) -> None:
     assert predict_crossing(STEPS, curve(function)) is None
 
 
+def test_what_stands_still_has_no_crossing_even_where_any_growth_will_do() -> None:
+    assert predict_crossing(STEPS, [1.0] * len(STEPS), minimum_growth=0, confidence=0) is None
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_flat_scatter_below_the_threshold_is_no_growth(seed: int) -> None:
     generator = np.random.default_rng(seed)
