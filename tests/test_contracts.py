@@ -20,10 +20,13 @@ from lightning_reg.callbacks import (
     AttentionLogitRegularizer,
     ChunkDensityRegularizer,
     EntropyGuidedRegularizer,
+    Guard,
     PredictionEntropyRegularizer,
     ProgressiveSparsity,
     QKClip,
     SigmaReparam,
+    StabilityMonitor,
+    StochasticAttention,
     TemporalDeltaRegularizer,
     WeightSparsity,
     ZLossRegularizer,
@@ -33,7 +36,9 @@ from lightning_reg.schedules import Cosine, Linear, TargetController
 from tests import tiny
 from tests.test_engine import DIFFERENT, assert_untouched
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty.*", "ignore:.*missed its target")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*exists and is not empty.*", "ignore:.*missed its target", "ignore:.*acts from here on"
+)
 
 CALLBACKS: dict[str, Callable[..., Any]] = {
     "attention_entropy": lambda weight=1.0, **kwargs: AttentionEntropyRegularizer(weight, **kwargs),
@@ -64,6 +69,10 @@ ALL: dict[str, Callable[[], list[Any]]] = {
     "qk_clip_every": lambda: [QKClip(threshold=0.1, heads=2, every=3)],
     "progressive": lambda: [ProgressiveSparsity([(2, 0.0), (4, 0.5), (8, 2.0)], substitute=None)],
     "controlled": lambda: [CALLBACKS["attention_entropy"](schedule=TargetController(0.9, quantity="value"))],
+    "layer_weights": lambda: [CALLBACKS["activation_l1"](layer_weights=[0.5, 2.0])],
+    "stochastic_attention": lambda: [StochasticAttention(0.5)],
+    "guard": lambda: [Guard([CALLBACKS["attention_entropy"](), QKClip(threshold=0.3, heads=2)], "max_logit > 0")],
+    "stability": lambda: [StabilityMonitor(warn={})],
     "weight_sparsity": lambda: [WeightSparsity(0.7)],
     "rigl": lambda: [WeightSparsity(0.7, method="rigl", schedule="constant", every=2)],
     "together": lambda: [
