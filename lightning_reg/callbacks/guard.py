@@ -1,7 +1,7 @@
 """Switches a remedy on when it is needed: the loop between what a monitor measures and what acts."""
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -47,7 +47,7 @@ class Guard(Callback):
 
     def __init__(
         self,
-        remedy: Any,
+        remedy: Callback | Sequence[Callback] | Action,
         when: str,
         *,
         release: str | None = None,

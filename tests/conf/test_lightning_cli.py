@@ -7,7 +7,14 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
-from lightning_reg.callbacks import ActivationDensityRegularizer, AttentionEntropyRegularizer, SigmaReparam
+from lightning_reg.callbacks import (
+    ActivationDensityRegularizer,
+    ActivationL1Regularizer,
+    AttentionEntropyRegularizer,
+    Guard,
+    QKClip,
+    SigmaReparam,
+)
 from lightning_reg.schedules import Cosine
 from tests.tiny import Tiny, loader
 
@@ -102,3 +109,33 @@ def test_a_negative_weight_is_refused_with_its_name(capsys: pytest.CaptureFixtur
             "--trainer.callbacks+=lightning_reg.callbacks.ActivationDensityRegularizer", "--trainer.callbacks.weight=-1"
         )
     assert "`weight` must be a finite number >= 0" in capsys.readouterr().err + str(error.value)
+
+
+GUARDED = """
+trainer:
+  accelerator: cpu
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_reg.callbacks.Guard
+      init_args:
+        when: max_logit > 1e9
+        remedy:
+          - class_path: lightning_reg.callbacks.QKClip
+            init_args: {threshold: 50.0, heads: 2}
+          - class_path: lightning_reg.callbacks.ActivationL1Regularizer
+            init_args: {weight: 1.0, layer_weights: {fc2: 0.5}}
+"""
+
+
+def test_a_guard_and_its_remedies_are_built_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(GUARDED)
+    trainer = cli("--config", str(path)).trainer
+    (guard,) = [callback for callback in trainer.callbacks if isinstance(callback, Guard)]
+    clip, penalty = guard.remedies
+    assert (type(clip), clip.threshold, clip.enabled) == (QKClip, 50.0, False)
+    assert (type(penalty), penalty.layer_weights) == (ActivationL1Regularizer, {"fc2": 0.5})
