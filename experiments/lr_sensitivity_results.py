@@ -20,6 +20,7 @@ FILE = "run.json"  # of each run
 NAME = "lr_sensitivity"  # of what is written
 HEADER = ("remedy", "LR sensitivity", "- none", "best loss", "at LR", "runs that learnt nothing", "seeds")
 # told apart by colour-blind readers too; black is no remedy
+BEFORE = "before training; losses above count as this"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
 MARKERS = "sD^vP*X<"
 
@@ -202,7 +203,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         label = remedy if not curve.sensitivity else f"{remedy} ({curve.mean:.3f})"
         axis.plot(rates, means, marker=marker, markersize=5, color=colour, label=label, linewidth=1.5)
         axis.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.axhline(initial(curves), color="black", linestyle="--", linewidth=1, label="before training")
+    axis.axhline(initial(curves), color="black", linestyle="--", linewidth=1, label=BEFORE)
     axis.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="final validation loss, nats")
     axis.grid(alpha=0.3, which="both")
     # 0.6, 1 and 2 nats, not powers of ten
@@ -229,7 +230,13 @@ def draw_page(curves: Sequence[Curve], path: Path) -> None:
             customdata=list(zip(low, high, failed)), mode="lines+markers",
             hovertemplate="%{y:.4f} (%{customdata[0]:.4f} to %{customdata[1]:.4f}), %{customdata[2]} learnt nothing",
         )  # fmt: skip
-    figure.add_hline(initial(curves), line_dash="dash", annotation_text="before training")
+    rates = sorted({rate for curve in curves for rate, *_ in curve.losses()})
+    # a line of its own: plotly places the annotation of `add_hline` as if the axis were linear
+    figure.add_scatter(
+        x=[rates[0], rates[-1]], y=[initial(curves)] * 2, name=BEFORE, mode="lines",
+        hoverinfo="skip",
+        line={"color": "black", "dash": "dash"},
+    )  # fmt: skip
     figure.update_layout(
         template="plotly_white", hovermode="x unified", title="Final validation loss over the peak learning rate",
     )  # fmt: skip

@@ -81,6 +81,11 @@ class Alarms:
 
 def check_levels(argument: str, levels: Mapping[str, float], names: Collection[str]) -> dict[str, float]:
     """Return levels as plain numbers, or raise a ValueError."""
+    if not isinstance(levels, Mapping):
+        raise TypeError(
+            f"`{argument}` must map headlines to levels, as in {{'max_logit': 1e3}}, got {levels!r}. They are "
+            f"{', '.join(names)}."
+        )
     plain = dict(levels)
     unknown = [name for name in plain if name not in names]
     if unknown:

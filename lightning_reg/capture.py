@@ -384,7 +384,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 def _own_class(module: nn.Module) -> type:
     """Class of a module before a parametrization or sharding replaced it by a subclass."""
-    replaced = ("torch.nn.utils.parametrize", "torch.distributed.")
+    replaced = ("torch.nn.utils.parametrize", "torch.distributed.", "lightning_reg.rewriting")
     return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(replaced))
 
 
@@ -690,10 +690,10 @@ def _active_rewrites(module: nn.Module | None) -> list[Any]:
         if unrewritten is not None and not torch.compiler.is_compiling():
             unrewritten.append(_innermost_module())
         return []
-    rewrites = [rewrite for rewrite in module.__dict__[REWRITES].values() if rewrite.active]
+    rewrites = list(module.__dict__[REWRITES].values()) if REWRITES in module.__dict__ else []
     for rewrite in rewrites:
         rewrite.fired = True  # written, never read here: a read would become a guard
-    return rewrites
+    return [rewrite for rewrite in rewrites if rewrite.active]
 
 
 def _innermost_module() -> str:
@@ -712,8 +712,8 @@ def _watched_softmax(
     floating = dim is not None and torch.is_floating_point(scores)
     if floating and rewriting:
         module = rewriting[-1]
-        rewrites = module.__dict__[REWRITES]
-        if rewrites.explicit or takes_softmax(rewrites.path, scores, dim):  # type: ignore[arg-type]
+        rewrites = module.__dict__.get(REWRITES)
+        if rewrites is not None and (rewrites.explicit or takes_softmax(rewrites.path, scores, dim)):  # type: ignore[arg-type]
             for rewrite in _active_rewrites(module):
                 scores = rewrite.scores(module, scores, dim)
                 original = _torch_softmax  # F.softmax goes on to Tensor.softmax, which would come back here

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 
@@ -38,8 +39,8 @@ class Condition:
             raise ValueError(self._message(" It names no quantity."))
 
     def __call__(self, values: Mapping[str, float]) -> bool:
-        """Whether it holds. A comparison with a quantity that was not measured, or with NaN, does not."""
-        return self._holds(self._tree, values)
+        """Whether it holds. What depends on a quantity that was not measured, or on NaN, does not."""
+        return self._holds(self._tree, values) is True
 
     def __repr__(self) -> str:
         return repr(self.text)
@@ -71,18 +72,21 @@ class Condition:
             f"{self.text!r}.{reason} There are {', '.join(self._known)}."
         )
 
-    def _holds(self, node: ast.expr, values: Mapping[str, float]) -> bool:
+    def _holds(self, node: ast.expr, values: Mapping[str, float]) -> bool | None:
+        """True, False, or None for what is not known."""
         if isinstance(node, ast.BoolOp):
-            parts = (self._holds(value, values) for value in node.values)
-            return all(parts) if isinstance(node.op, ast.And) else any(parts)
+            parts = [self._holds(value, values) for value in node.values]
+            decides = isinstance(node.op, ast.Or)
+            return decides if decides in parts else None if None in parts else not decides
         if isinstance(node, ast.UnaryOp):
-            return not self._holds(node.operand, values)
+            inner = self._holds(node.operand, values)
+            return None if inner is None else not inner
         assert isinstance(node, ast.Compare)
         numbers = [_value(operand, values) for operand in (node.left, *node.comparators)]
-        return all(
-            left is not None and right is not None and _COMPARE[type(op)](left, right)
-            for op, left, right in zip(node.ops, numbers[:-1], numbers[1:], strict=True)
-        )
+        pairs = list(zip(node.ops, numbers[:-1], numbers[1:], strict=True))
+        if any(number is None or math.isnan(number) for number in numbers):
+            return None
+        return all(_COMPARE[type(op)](left, right) for op, left, right in pairs)  # type: ignore[arg-type]
 
 
 def _number(node: ast.expr) -> float | None:

@@ -152,6 +152,7 @@ class Engine:
                 f"set `name=` of one {type(regularizer).__name__}."
             )
         found = regularizer.find_sites(model)
+        regularizer.check_layers([name for name, _ in found])
         modules = capture.named_modules(model)
         if regularizer.penalizes:
             self.regularizers.append(regularizer)

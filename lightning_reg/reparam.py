@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_reg import capture
+from lightning_reg import capture, classes
 from lightning_reg.capture import Targets
 from lightning_reg.functional.spectral_norm import (
     PowerIteration,
@@ -40,6 +40,7 @@ _FUSED_QKV = re.compile(r"qkv|c_attn|in_proj", re.IGNORECASE)
 _LIVE_KEY = re.compile(r"(?P<prefix>.*?)parametrizations\.(?P<name>[^.]+)\.original")
 
 _STATE = ("gain", "u", "v")
+PARAMETRIZED = "parametrized"  # kind of the class of a reparametrized module
 
 
 # --- the parametrization ---------------------------------------------------------------------------------------------
@@ -341,7 +342,8 @@ def _register(name: str, owner: nn.Module, tensor: str, spectral: SpectralParame
     """What ``parametrize.register_parametrization`` of torch does, but with one class for all modules of a kind."""
     ours, parameter = live_weights(owner), owner._parameters[tensor]
     assert parameter is not None
-    base = type(owner).__bases__[0] if ours else type(owner)
+    if ours:
+        classes.take_off(owner, PARAMETRIZED)
     if not hasattr(owner, "parametrizations"):
         owner.parametrizations = nn.ModuleDict()
     containers: Any = owner.parametrizations
@@ -353,15 +355,20 @@ def _register(name: str, owner: nn.Module, tensor: str, spectral: SpectralParame
     del owner._parameters[tensor]
     containers[tensor] = container
     spectral.train(owner.training)
-    owner.__class__ = _parametrized_class(base, (*ours, tensor))
+    classes.put_on(owner, _parametrizing((*ours, tensor)))
     return Layer(_label(name, tensor), f"{name}.{tensor}".lstrip("."), owner, tensor)
 
 
 @cache
-def _parametrized_class(base: type, tensors: tuple[str, ...]) -> type:
-    # torch makes a class for every module, so that each compiled block would differ from the others and be recompiled
+def _parametrizing(tensors: tuple[str, ...]) -> Callable[[type], type]:
     views = type("_InUse", (), {tensor: _in_use(tensor) for tensor in tensors})
-    return type(f"Parametrized{base.__name__}", (base, views), {"__module__": parametrize.__name__})
+
+    @cache
+    def make(base: type) -> type:
+        own = {"__module__": parametrize.__name__, **classes.marked(PARAMETRIZED, base, make)}
+        return type(f"Parametrized{base.__name__}", (base, views), own)
+
+    return make
 
 
 def _in_use(tensor: str) -> property:
@@ -467,7 +474,7 @@ def _restore(owner: nn.Module, tensors: list[str]) -> None:
         del containers[tensor]
     if not containers:
         del owner.parametrizations
-    owner.__class__ = type(owner).__bases__[0]
+    classes.take_off(owner, PARAMETRIZED)
     for tensor, original in originals.items():
         owner.register_parameter(tensor, original)
     rank = {name: index for index, name in enumerate(order)}

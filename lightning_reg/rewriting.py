@@ -6,17 +6,21 @@ replaces for as long as there is a rewrite, first go through it: with queries, k
 A rewritten module has a subclass of its class, one for all of that class, so that compiled blocks still share code.
 """
 
+import copy
+import re
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_reg import capture
+from lightning_reg import capture, classes
 from lightning_reg.capture import Targets
 
-_classes: dict[type, type] = {}
+REWRITTEN = "rewritten"  # kind of the class of a module with rewrites
+_OTHER_NAME = re.compile(r"norm|mlp|feed_?forward|ffn|embed|rotary|act(ivation)?(_fn)?\b|drop|loss", re.IGNORECASE)
 _installed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _holding = False  # the attention functions are replaced, and the fast paths are off
 _fast_path = True  # as it was before
@@ -69,8 +73,17 @@ class _Rewritten(nn.Module):
         finally:
             capture.rewriting.pop()
 
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        _hold(copied)
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _remake, (type(self).__mro__[2],), self.__getstate__()
+        if classes.kinds_of(self) != [REWRITTEN]:
+            return super().__reduce_ex__(protocol)  # classes of others, which say how, or that they cannot
+        return _remake, (classes.bare_class(self),), self.__getstate__()
 
 
 def _remake(plain: type) -> nn.Module:
@@ -79,11 +92,13 @@ def _remake(plain: type) -> nn.Module:
     return module
 
 
+@cache
 def _rewritten_class(plain: type) -> type:
-    if plain not in _classes:
-        own = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-        _classes[plain] = type(plain.__name__, (_Rewritten, plain), own)
-    return _classes[plain]
+    own = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    if issubclass(plain, nn.MultiheadAttention):
+        # compiled code would enter it without its Python, and so without what is rewritten
+        own["forward"] = torch.compiler.disable(_Rewritten.forward)
+    return type(plain.__name__, (_Rewritten, plain), {**own, **classes.marked(REWRITTEN, plain, _rewritten_class)})
 
 
 class _Rewrites(dict[str, Rewrite]):
@@ -100,7 +115,7 @@ class _Rewrites(dict[str, Rewrite]):
 
 
 def install(module: nn.Module, rewrite: Rewrite, name: str = "", explicit: bool = False) -> None:
-    """Let ``rewrite`` change the attention of a module. No-op when this kind is there.
+    """Let ``rewrite`` change the attention of a module, in place of another of its kind.
 
     The fast path of ``nn.TransformerEncoder`` does not run its modules: while there is a rewrite, it is off.
 
@@ -110,11 +125,11 @@ def install(module: nn.Module, rewrite: Rewrite, name: str = "", explicit: bool 
         name: Of the module in its model.
         explicit: Any softmax in its forward is attention.
     """
-    if rewrite.kind in rewrites_of(module):
+    if rewrites_of(module).get(rewrite.kind) is rewrite:
         return
     module.__dict__.setdefault(capture.REWRITES, _Rewrites(f"{name} {type(module).__name__}", explicit)).add(rewrite)
     if not isinstance(module, _Rewritten):
-        module.__class__ = _rewritten_class(type(module))
+        classes.put_on(module, _rewritten_class)
     _hold(module)
 
 
@@ -124,8 +139,8 @@ def remove(module: nn.Module, kind: str) -> None:
     rewrites.pop(kind, None)
     if rewrites or not isinstance(module, _Rewritten):
         return
-    module.__dict__.pop(capture.REWRITES, None)
-    module.__class__ = type(module).__mro__[2]
+    if classes.take_off(module, REWRITTEN):
+        module.__dict__.pop(capture.REWRITES, None)
     _installed.discard(module)
     release_unused()
 
@@ -133,7 +148,9 @@ def remove(module: nn.Module, kind: str) -> None:
 def _hold(module: nn.Module) -> None:
     """Keep the attention functions replaced, and the fast paths off, while ``module`` lives."""
     global _holding, _fast_path
-    _installed.add(module)
+    if module not in _installed:
+        _installed.add(module)
+        weakref.finalize(module, release_unused)
     if not _holding:
         _holding, _fast_path = True, torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -143,7 +160,7 @@ def _hold(module: nn.Module) -> None:
 def release_unused() -> None:
     """Put torch's attention functions back when no module with a rewrite is left. No-op otherwise."""
     global _holding
-    if _holding and not _installed:
+    if _holding and not any(True for _ in _installed):  # its length counts those that are dying
         _holding = False
         capture.release_attention(capture.REWRITES)
         torch.backends.mha.set_fastpath_enabled(_fast_path)
@@ -165,13 +182,6 @@ def find(root: nn.Module, kind: str) -> dict[str, nn.Module]:
 def rewrites_of(module: nn.Module) -> Mapping[str, Rewrite]:
     """Rewrites of a module by kind."""
     return module.__dict__.get(capture.REWRITES, {})
-
-
-def compiled_multihead(root: nn.Module, kind: str) -> list[str]:
-    """Names of the ``nn.MultiheadAttention`` with a rewrite that run in compiled code, where it is not reached."""
-    compiled = [name for name, module in capture.named_modules(root).items() if capture.is_compiled(module)]
-    found = [name for name, module in find(root, kind).items() if isinstance(module, nn.MultiheadAttention)]
-    return [name for name in found if any(not top or name == top or name.startswith(f"{top}.") for top in compiled)]
 
 
 def record(root: nn.Module, kind: str) -> dict[str, dict[str, Any]]:
@@ -205,19 +215,23 @@ def load(
 
 
 def install_everywhere(root: nn.Module, rewrite: Rewrite, targets: Targets = None) -> list[str]:
-    """Install where ``select_modules`` says; returns the names of the modules that did not have it."""
-    modules = capture.named_modules(root)
+    """Install where ``select_modules`` says, in place of others of its kind; returns the names of those without one."""
+    modules, candidates = capture.named_modules(root), capture.attention_candidates(root)
     selected = capture.explicit_targets(targets, root) or set()
-    new = [name for name in select_modules(targets, root) if rewrite.kind not in rewrites_of(modules[name])]
-    for name in new:
-        install(modules[name], rewrite, name, name in selected)
+    new = []
+    for name in select_modules(targets, root):
+        if rewrite.kind not in rewrites_of(modules[name]):
+            new.append(name)
+        # a parent that was named may compute a softmax of its own that is no attention
+        install(modules[name], rewrite, name, name in selected and _computes(name, candidates))
     return new
 
 
 def select_modules(targets: Targets, root: nn.Module) -> list[str]:
     """Modules that compute attention: those ``targets`` selects, or those below them; found when it is left out.
 
-    Found are modules of the model's own code that hold no other such module, or whose name says attention.
+    Found are modules of the model's own code whose name says attention, or that hold no other such module and are not
+    called a norm, an MLP or the like.
 
     Raises:
         ValueError: If there are none.
@@ -238,6 +252,8 @@ def select_modules(targets: Targets, root: nn.Module) -> list[str]:
 
 
 def _computes(name: str, candidates: Mapping[str, nn.Module]) -> bool:
-    own = f"{name.rpartition('.')[2]} {type(candidates[name]).__name__}"
+    own = f"{name.rpartition('.')[2]} {capture._own_class(candidates[name]).__name__}"
+    if capture.ATTENTION_NAME.search(own):
+        return True
     holds = any(other != name and (not name or other.startswith(f"{name}.")) for other in candidates)
-    return not holds or bool(capture.ATTENTION_NAME.search(own))
+    return not holds and not _OTHER_NAME.search(own)

@@ -14,10 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_reg import capture, regularize, rewriting
+from lightning_reg import capture, classes, regularize, rewriting
 from lightning_reg.callbacks import (
     AttentionEntropyRegularizer,
+    AttentionLogitRegularizer,
+    QKClip,
     QKNorm,
+    SigmaReparam,
     SoftCap,
     StochasticAttention,
     load_softcap,
@@ -25,6 +28,7 @@ from lightning_reg.callbacks import (
 )
 from lightning_reg.callbacks.softcap import SoftCapRewrite
 from lightning_reg.functional import softcap, softcapped_attention
+from lightning_reg.functional.stochastic_attention import masked_to
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings(
@@ -413,19 +417,163 @@ def test_attention_that_holds_norms_of_its_own_is_reached() -> None:
     assert capped_at == {"net.blocks.0.attn", "net.blocks.1.attn"}
 
 
-def test_compiled_multihead_attention_is_refused() -> None:
-    class Module(pl.LightningModule):
+class Encoder(pl.LightningModule):
+    """``nn.TransformerEncoder``, whose attention is compiled code's business and whose fast path runs no module."""
+
+    def __init__(self, crash: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.crash = torch_encoder()[0], crash
+        for parameter in self.net.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == self.crash:
+            raise RuntimeError("crash")
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def batches() -> DataLoader:
+    return DataLoader(torch.randn(4, 5, 8), batch_size=2)
+
+
+@pytest.mark.parametrize("crash", [None, 0, 1], ids=["no_crash", "crash_at_0", "crash_at_1"])
+@pytest.mark.parametrize("turned", [False, True], ids=["sigma_first", "sigma_last"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SoftCap(CAP), lambda: QKNorm(), lambda: StochasticAttention(0.5)],
+    ids=["softcap", "qk_norm", "stochastic"],
+)
+def test_with_sigma_reparam_each_takes_off_its_own_class(
+    make: Callable[[], pl.Callback], turned: bool, crash: int | None
+) -> None:
+    module = Encoder(crash)
+    callbacks = [SigmaReparam(), make()][:: -1 if turned else 1]
+    if crash is None:
+        tiny.trainer(callbacks).fit(module, batches())
+    else:
+        with pytest.raises(RuntimeError, match="^crash$"):
+            tiny.trainer(callbacks).fit(module, batches())
+    for layer in module.net.layers:
+        assert isinstance(layer.self_attn, nn.MultiheadAttention)
+        assert set(classes.kinds_of(layer.self_attn)) <= {"rewritten"}
+        assert not hasattr(layer.self_attn, "parametrizations")
+    assert torch.isfinite(module.eval()(torch.randn(2, 5, 8))).all()
+
+
+def test_compiled_multihead_attention_is_reached_in_training_and_after_it() -> None:
+    torch.compiler.reset()
+    wanted, module = Encoder(), Encoder()
+    for layer in module.net.layers:
+        layer.compile(backend="aot_eager")
+    for one in (wanted, module):
+        torch.manual_seed(1)
+        tiny.trainer([SoftCap(CAP)]).fit(one, batches())
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(module.eval()(x), wanted.eval()(x), atol=1e-5, rtol=1e-4)
+        capped_output = module(x)
+        remove_softcap(module)
+        torch.compiler.reset()
+        assert (module(x) - capped_output).abs().max() > 1e-3
+
+
+def test_what_others_have_taken_away_does_not_hide_a_crash() -> None:
+    class Broken(Crashing):
+        pass
+
+    module = Broken()
+    with pytest.raises(RuntimeError, match="^crash$"):
+        tiny.fit(module, [QKNorm(heads=2), SoftCap(CAP), AttentionEntropyRegularizer(1.0)])
+    assert type(module.net.blocks[0].attention) is tiny.Attention
+    assert capture.unrewritten is None
+    assert not capture._active
+
+
+def test_a_model_is_trained_again_with_a_new_callback_and_keeps_its_cap() -> None:
+    module = tiny.Tiny()
+    tiny.fit(module, [SoftCap(CAP)])
+    tiny.fit(module, [SoftCap(CAP)])
+    with pytest.raises(ValueError, match=r"`cap` of SoftCap is 3, but 'net.blocks.0.attention' was trained with 0.05"):
+        tiny.fit(module, [SoftCap(3.0)])
+    assert {entry["cap"] for entry in rewriting.record(module, "softcap").values()} == {CAP}
+
+
+def test_one_callback_for_two_models_leaves_the_first_as_it_was_trained() -> None:
+    callback, first = SoftCap(CAP), tiny.Tiny()
+    tiny.fit(first, [callback])
+    (x,) = next(iter(tiny.loader(1)))
+    wanted = first.eval()(x)
+    callback.enabled = True
+    second = tiny.Tiny()
+    tiny.fit(second, [callback])
+    callback.enabled = False
+    assert torch.equal(first(x), wanted)
+
+
+def test_two_caps_on_one_attention_are_refused_and_two_caps_apart_resume(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="two SoftCaps act on the attention of 'net.blocks.0.attention'"):
+        tiny.fit(tiny.Tiny(), [SoftCap(CAP), SoftCap(2 * CAP, targets="blocks.0")])
+    apart = lambda: [SoftCap(CAP, targets="blocks.0"), SoftCap(2 * CAP, targets="blocks.1")]  # noqa: E731
+    module = tiny.Tiny()
+    tiny.fit(module, [*apart(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
+    (x,) = next(iter(tiny.loader(1)))
+    outputs = tiny.trainer(apart()).predict(tiny.Tiny(), [x], ckpt_path=str(tmp_path / "last.ckpt"), weights_only=False)
+    assert torch.equal(outputs[0], module.eval()(x))
+
+
+def test_a_named_parent_does_not_make_its_predictions_attention() -> None:
+    class Classifier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = torch_encoder()[0]
+            self.attention = tiny.Attention()
 
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.net(batch).square().mean()
+        def forward(self, x: Tensor) -> Tensor:
+            return (100 * self.attention(x).mean(1)).softmax(-1)
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+    net, x = nn.ModuleDict({"net": Classifier()}), torch.randn(2, 5, 8)
+    by_hand = copy.deepcopy(net)
+    by_hand["net"].attention.__class__ = CappedAttention
+    rewriting.install_everywhere(net, SoftCapRewrite(CAP), "net")
+    torch.testing.assert_close(net["net"](x), by_hand["net"](x), atol=1e-5, rtol=1e-4)
 
-    module = Module()
-    module.net.layers[0].compile(backend="aot_eager")
-    with pytest.raises(RuntimeError, match=r"SoftCap cannot reach the attention of 'net.layers.0.self_attn'"):
-        tiny.trainer([SoftCap(CAP)], max_steps=1).fit(module, DataLoader(torch.randn(2, 5, 8), batch_size=2))
+
+def test_random_keys_in_eager_attention_survive_rows_of_padding() -> None:
+    fill = torch.finfo(torch.float32).min
+    scores = torch.randn(1, 1, 4, 4).masked_fill(torch.tensor([[True] * 4] + [[False] * 4] * 3), fill)
+    hidden = masked_to(scores, torch.tensor([1, 2]), 4, 4)
+    assert torch.isfinite(hidden.softmax(-1)).all()
+    assert torch.equal(hidden[0, 0, 0], scores[0, 0, 0])
+    assert torch.equal(hidden[0, 0, 1].isinf(), torch.tensor([True, False, False, True]))
+
+
+def test_two_random_draws_on_one_attention_are_refused() -> None:
+    with pytest.raises(ValueError, match="two StochasticAttentions act on"):
+        tiny.fit(tiny.Tiny(), [StochasticAttention(0.5), StochasticAttention(0.2, targets="blocks.0")])
+
+
+def test_when_the_last_capped_model_is_gone_torch_is_as_it_was() -> None:
+    net = tiny.Net()
+    rewriting.install_everywhere(net, SoftCapRewrite(CAP))
+    assert F.scaled_dot_product_attention is capture._attention
+    del net
+    gc.collect()
+    assert F.scaled_dot_product_attention is not capture._attention
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: QKClip(threshold=100.0, heads=2), lambda: AttentionLogitRegularizer(1.0, bound=50.0)],
+    ids=["clip", "penalty"],
+)
+def test_what_acts_above_the_cap_is_refused(make: Callable[[], pl.Callback]) -> None:
+    with pytest.raises(ValueError, match=r"but a SoftCap of 50 lets no attention logit come so far"):
+        tiny.fit(tiny.Tiny(), [SoftCap(50.0), make()])
+    tiny.fit(tiny.Tiny(), [SoftCap(200.0), make()])

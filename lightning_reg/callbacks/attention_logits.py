@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Mask
 from lightning_reg.callbacks.regularizer import LayerWeights, Regularizer
+from lightning_reg.callbacks.softcap import refuse_capped
 from lightning_reg.capture import AttentionCall, Targets
 from lightning_reg.functional.attention_logits import logit_rows, logit_rows_from_scores
 from lightning_reg.losses import AttentionLogitLoss
@@ -74,6 +77,13 @@ class AttentionLogitRegularizer(Regularizer):
                 "whose forward calls `F.scaled_dot_product_attention` or `softmax`, or one of its parents."
             )
         return [(name, name in selected) for name in below]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach, where a penalty can act."""
+        super().on_fit_start(trainer, pl_module)
+        if self.loss.objective == "hinge" and self.weight:
+            refuse_capped(pl_module, self.loss.bound, f"`bound` of {self.name}")
 
     def see_scores(self, call: AttentionCall, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(penalty, value)`` of one attention."""

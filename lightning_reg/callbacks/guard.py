@@ -1,5 +1,6 @@
 """Switches a remedy on when it is needed: the loop between what a monitor measures and what acts."""
 
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -36,7 +37,7 @@ class Guard(Callback):
         remedy: What acts, one or several: penalties, ``QKClip``, ``SoftCap``, ``StochasticAttention``; or a function
             ``(trainer, pl_module)`` that is called once each time the condition becomes true. Do not pass it to the
             Trainer as well. Callbacks that change what the model computes when they are switched on (``SigmaReparam``,
-            ``QKNorm``, ``ActivationSubstitution``) cannot be held back.
+            ``QKNorm``, ``ActivationSubstitution``) and penalties with a controller cannot be held back.
         when: The condition under which it acts, as text.
         release: The condition under which it is held back again; never when left out.
         hold: Optimizer steps for which it acts at least.
@@ -64,6 +65,8 @@ class Guard(Callback):
         if not name or "/" in name:
             raise ValueError(f"`name` must be a word for logs and checkpoints, got {name!r}.")
         self.hold, self.name, self.every_n_steps = hold, name, every_n_steps
+        self._model: nn.Module | None = None
+        self._inserted: list[Any] = []  # remedies that a Trainer has from here
         self._own = StabilityMonitor(warn={}, every_n_steps=every_n_steps, name=f"{name}_monitor")
         self._monitor: StabilityMonitor | None = None
         self._start()
@@ -74,6 +77,8 @@ class Guard(Callback):
         self.times = 0  # how often it has acted
         self._seen: Any = None  # measurement that was looked at
         self._checked = False  # the remedies have seen their first batch
+        self._known: set[str] = set()  # quantities that were measured
+        self._measurements = 0
         self._switch(False)
 
     def _switch(self, active: bool) -> None:
@@ -101,8 +106,20 @@ class Guard(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._monitor = self._find_monitor(callbacks)
         if stage == "fit":
-            self._start()
+            if self._model is not pl_module:  # a second fit of a model goes on as the first has ended
+                for remedy in self.remedies:
+                    if isinstance(remedy, SoftCap):
+                        remedy.renew()
+                self._start()
+            self._model, self._checked, self.since = pl_module, False, None
             self._seen = self._monitor.latest  # of an earlier fit
+        for remedy in self.remedies:
+            if remedy in callbacks and remedy not in self._inserted:
+                raise ValueError(
+                    f"{type(remedy).__name__} is in the Trainer's callbacks and in {self.name}, which could not hold "
+                    "it back: leave it out of the callbacks, the guard brings it along."
+                )
+        self._inserted = self.remedies
         place = callbacks.index(self) + 1
         # Lightning goes through this very list, so they are set up next
         callbacks[place:place] = [remedy for remedy in self.remedies if remedy not in callbacks]
@@ -145,6 +162,7 @@ class Guard(Callback):
         if not values or values is self._seen:
             return
         self._seen = values
+        self._check_measured(values)
         step = trainer.global_step
         if not self.active and self.when(values):
             self._act(trainer, pl_module, step, values)
@@ -157,6 +175,18 @@ class Guard(Callback):
             )
         if not trainer.barebones:
             pl_module.log(f"reg/{self.name}/active", float(self.active), batch_size=1, rank_zero_only=False)
+
+    def _check_measured(self, values: dict[str, float]) -> None:
+        """At the second measurement: every quantity of the conditions must have been there."""
+        self._known |= set(values)
+        self._measurements += 1
+        asked = self.when.quantities | (self.release.quantities if self.release else frozenset())
+        missing = sorted(asked - self._known - {"predicted_step"})
+        if missing and self._measurements > 1:
+            raise RuntimeError(
+                f"{self.name} asks for {', '.join(missing)}, which its StabilityMonitor does not measure here. It "
+                f"measures {', '.join(sorted(self._known))}: change the condition, or the monitor's `quantities`."
+            )
 
     def _may_release(self, step: int) -> bool:
         return self.since is None or step - self.since >= self.hold
@@ -207,8 +237,10 @@ class Guard(Callback):
 
 
 def _check_remedies(remedy: Any) -> tuple[list[Any], Action | None]:
+    if isinstance(remedy, type):
+        raise TypeError(f"`remedy` must be an instance, got the class {remedy.__name__}: call it, {remedy.__name__}().")
     if callable(remedy) and not isinstance(remedy, Callback):
-        return [], remedy
+        return [], _check_action(remedy)
     several = isinstance(remedy, Iterable) and not isinstance(remedy, str)  # Hydra has a list type of its own
     remedies = list(remedy) if several else [remedy]
     if not remedies:
@@ -221,4 +253,19 @@ def _check_remedies(remedy: Any) -> tuple[list[Any], Action | None]:
                 f"pl_module), got {one!r}. What changes the model when it is switched on belongs into the Trainer's "
                 "callbacks from the start."
             )
+        if getattr(one, "control", None) is not None:
+            raise ValueError(
+                f"`remedy` {type(one).__name__} has a TargetController, which would wind up while it is held back. "
+                "Give it a fixed weight, or leave it to the controller without a guard."
+            )
     return remedies, None
+
+
+def _check_action(action: Action) -> Action:
+    try:
+        inspect.signature(action).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"`remedy` must be callable with (trainer, pl_module), got {action!r}: {error}.") from error
+    except ValueError:  # a function of C, which does not say
+        pass
+    return action

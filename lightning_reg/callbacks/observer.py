@@ -34,6 +34,9 @@ class Observer:
         """Factor on the penalty of a site."""
         return 1.0
 
+    def check_layers(self, sites: list[str]) -> None:
+        """Raise a ValueError if factors of layers do not fit the sites."""
+
     def see_attention(
         self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:

@@ -28,6 +28,7 @@ from lightning_reg.attention import (
 )
 from lightning_reg.callbacks.observer import Observer, Prepares
 from lightning_reg.callbacks.regularizer import describe_targets, plain_targets
+from lightning_reg.callbacks.softcap import refuse_capped
 from lightning_reg.capture import AttentionCall, Targets
 from lightning_reg.engine import Engine
 from lightning_reg.functional.attention_entropy import MASKED_BIAS
@@ -216,6 +217,8 @@ class QKClip(Observer, Callback):
             if isinstance(callback, Prepares):
                 callback.prepare(pl_module)
         self.attach(pl_module)
+        if self.threshold < math.inf:
+            refuse_capped(pl_module, self.threshold, f"`threshold` of {self.name}")
         self._check_overlap(callbacks)
         Engine.of(pl_module).wrap(pl_module)
         names = ", ".join(layer.attention.label for layer in self._layers[:3]) + (", ..." * (len(self._layers) > 3))

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -35,9 +36,10 @@ class Regularizer(Observer, Callback):
         targets: Modules to regularize: a regular expression that matches a whole name or a dotted ending of it, a
             module type, a predicate on (name, module), or a list of these. Found automatically when left out.
         schedule: Factor on ``weight`` over the training, constant when left out.
-        layer_weights: Factors on the penalties of single layers, >= 0: by a regular expression as in ``targets`` (the
-            last that matches counts, 1 where none does), by the number of the block in the layer's name
-            (``[1.0, 0.5, 0.0]``), or a function of the name. The mean over layers keeps its denominator.
+        layer_weights: Factors on the penalties of single layers, >= 0: by a regular expression for a layer or what is
+            around it, as in ``targets`` (the last that matches counts, 1 where none does), one for each block
+            (``[1.0, 0.5, 0.0]``, by the number that differs between the layers' names), or a function of the name. The
+            mean over layers keeps its denominator.
         mask: Where the batch keeps its valid tokens: a key or index of the batch, or a function of the batch; a boolean
             (or 0/1) tensor (batch, tokens), True = valid.
         allow_unused: Accept targets that do not run, or have no gradient, in the first step.
@@ -66,6 +68,7 @@ class Regularizer(Observer, Callback):
         self.weight, self.schedule = float(weight), schedule
         self.targets = plain_targets(targets)
         self.layer_weights = check_layer_weights(layer_weights)
+        self._factors: dict[str, float] = {}  # by site
         self.enabled = True  # a `Guard` switches it
         self.mask, self.allow_unused, self.name = mask, allow_unused, name
         self.strength = self.weight
@@ -92,9 +95,18 @@ class Regularizer(Observer, Callback):
         self.strength = self.weight * factor if self.enabled else 0.0
 
     @override
+    def check_layers(self, sites: list[str]) -> None:
+        """Resolve ``layer_weights`` for the sites.
+
+        Raises:
+            ValueError: If one fits no site, a site has none, or all are 0.
+        """
+        self._factors = layer_factors(self.layer_weights, sites)
+
+    @override
     def layer_factor(self, site: str) -> float:
         """Factor of ``layer_weights`` on the penalty of a site."""
-        return layer_factor(self.layer_weights, site)
+        return self._factors.get(site, 1.0)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments as plain values, for loggers."""
@@ -343,7 +355,7 @@ def check_layer_weights(weights: Any) -> LayerWeights:
     """Factors of layers as plain values.
 
     Raises:
-        ValueError: If one is negative or not finite, or there is none.
+        ValueError: If one is negative or not finite, there is none, or an expression is wrong.
         TypeError: If they are none of the kinds.
     """
     if weights is None or callable(weights):
@@ -355,35 +367,78 @@ def check_layer_weights(weights: Any) -> LayerWeights:
         )
     plain = dict(weights) if isinstance(weights, Mapping) else list(weights)
     numbers = list(plain.values()) if isinstance(plain, dict) else plain
-    if not numbers or not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
+    if not numbers or not all(_is_factor(number) for number in numbers):
         raise ValueError(f"`layer_weights` must hold finite numbers >= 0, got {plain!r}; 0 leaves a layer out.")
+    for pattern in plain if isinstance(plain, dict) else ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`layer_weights` key {pattern!r} is not a valid regular expression: {error}.") from error
     return plain
 
 
-def layer_factor(weights: LayerWeights, site: str) -> float:
-    """Factor of one layer.
+def _is_factor(number: Any) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and 0 <= float(number) < math.inf
+
+
+def layer_factors(weights: LayerWeights, sites: Sequence[str]) -> dict[str, float]:
+    """Factor of each site.
 
     Raises:
-        ValueError: If a list has no entry for the layer's block, or a function returns no factor.
+        ValueError: If a key matches no site, a list does not have one factor for each block, a function returns no
+            factor, or every factor is 0.
     """
     if weights is None:
-        return 1.0
+        return {}
     if isinstance(weights, Mapping):
-        found = [factor for pattern, factor in weights.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", site)]
-        return float(found[-1]) if found else 1.0
-    if callable(weights):
-        factor = weights(site)
-        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise ValueError(f"`layer_weights({site!r})` must be a finite number >= 0, got {factor!r}.")
-        return float(factor)
-    block = next((int(part) for part in site.split(".") if part.isdigit()), None)
-    if block is None:
-        return 1.0  # outside the blocks: modules that may compute attention, and mostly do not
-    if block >= len(weights):
+        factors = _by_pattern(weights, sites)
+    elif callable(weights):
+        factors = {site: weights(site) for site in sites}
+        for site, factor in factors.items():
+            if not _is_factor(factor):
+                raise ValueError(f"`layer_weights({site!r})` must be a finite number >= 0, got {factor!r}.")
+    else:
+        factors = _by_block(weights, sites)
+    if not any(factors.values()):
+        raise ValueError(f"`layer_weights` are 0 for every layer, so nothing is regularized: {weights!r}.")
+    return {site: float(factor) for site, factor in factors.items()}
+
+
+def _by_pattern(weights: Mapping[str, float], sites: Sequence[str]) -> dict[str, float]:
+    factors = dict.fromkeys(sites, 1.0)
+    for pattern, factor in weights.items():
+        whole = re.compile(rf"(?:.*\.)?(?:{pattern})")
+        found = [site for site in sites if any(whole.fullmatch(part) for part in _upwards(site))]
+        if not found:
+            raise ValueError(f"`layer_weights` key {pattern!r} matches no layer; there are {', '.join(sites[:8])}.")
+        factors |= dict.fromkeys(found, factor)
+    return factors
+
+
+def _upwards(name: str) -> list[str]:
+    """A name and those of what is around it."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _by_block(weights: Sequence[float], sites: Sequence[str]) -> dict[str, float]:
+    numbers = {site: [part for part in site.split(".") if part.isdigit()] for site in sites}
+    most = max((len(found) for found in numbers.values()), default=0)
+    differs = [i for i in range(most) if len({found[i] for found in numbers.values() if len(found) > i}) > 1]
+    if len(differs) > 1:
         raise ValueError(
-            f"`layer_weights` has {len(weights)} factors, but {site!r} is in block {block}: give one for each block."
+            f"`layer_weights` as a list needs one number that differs between the layers' names, but {sites[0]!r} and "
+            f"{sites[-1]!r} differ in several. Use a mapping, or a function of the name."
         )
-    return float(weights[block])
+    place = differs[0] if differs else 0
+    # outside the blocks: modules that may compute attention, and mostly do not
+    blocks = {site: int(found[place]) for site, found in numbers.items() if len(found) > place}
+    count = max(blocks.values(), default=-1) + 1
+    if count != len(weights):
+        raise ValueError(
+            f"`layer_weights` has {len(weights)} factors, but the layers are in {count} blocks: give one each."
+        )
+    return {site: weights[blocks[site]] if site in blocks else 1.0 for site in sites}
 
 
 def plain_targets(targets: Any) -> Any:

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_reg import capture, rewriting
 from lightning_reg.callbacks.regularizer import describe_targets, plain_targets
-from lightning_reg.callbacks.surgery import Surgery, check_reached, collect_unreached
+from lightning_reg.callbacks.surgery import Surgery, check_reached, collect_unreached, stop_collecting
 from lightning_reg.capture import Targets
 from lightning_reg.functional.softcap import check_cap, softcap, softcapped_attention
 
@@ -52,7 +52,9 @@ class SoftCap(Surgery):
     evaluation. The cap stays when the fit ends, because the weights were trained with it: ``remove_softcap(model)``
     takes it away. Checkpoints keep their plain keys and hold a record of it: a Trainer with this callback puts it in
     place before it validates, tests or predicts, and ``load_softcap(model, checkpoint)`` does so without one. Scores
-    are held in memory, (batch, heads, queries, keys): torch's fused attention knows no cap.
+    are held in memory, (batch, heads, queries, keys): torch's fused attention knows no cap. Whatever reads logits sees
+    them capped: ``QKClip`` and ``AttentionLogitRegularizer`` above the cap are refused, and monitors and guards never
+    see more. With eager attention an additive bias is capped with the scores, with the fused one it is added to them.
 
     Args:
         cap: Bound of the scores, > 0.
@@ -77,22 +79,48 @@ class SoftCap(Surgery):
         self._checked &= self._rewrite.active or not enabled  # switched on, its first batch is checked
         self._rewrite.active = enabled
 
+    def renew(self) -> None:
+        """Let go of the models trained so far: from here on `enabled` is about the next one."""
+        self._rewrite = SoftCapRewrite(self.cap)
+
     @override
     def operate(self, model: nn.Module) -> list[str]:
-        """Cap attention."""
+        """Cap attention.
+
+        Raises:
+            ValueError: If it has another cap, of another callback or of an earlier training.
+        """
+        modules = capture.named_modules(model)
+        others = [other._rewrite for other in self._others if isinstance(other, SoftCap)]
+        for name in rewriting.select_modules(self.targets, model):
+            present = rewriting.rewrites_of(modules[name]).get(KIND)
+            if present in others:
+                raise ValueError(
+                    f"two SoftCaps act on the attention of {name!r}: give them `targets=` that do not overlap."
+                )
+            if isinstance(present, SoftCapRewrite) and present.cap != self.cap and present.active:
+                raise ValueError(
+                    f"`cap` of SoftCap is {self.cap:g}, but {name!r} was trained with {present.cap:g}: set "
+                    f"`cap={present.cap:g}`, or call `remove_softcap(model)` to start anew."
+                )
         return rewriting.install_everywhere(model, self._rewrite, self.targets)
 
     @override
     def undo(self, model: nn.Module, names: list[str]) -> None:
         """Take the cap away."""
-        modules = capture.named_modules(model)
-        for name in names:
-            rewriting.remove(modules[name], KIND)
+        for name, module in rewriting.find(model, KIND).items():
+            if name in names:
+                rewriting.remove(module, KIND)
 
     @override
     def record(self, model: nn.Module) -> Mapping[str, Any]:
         """Modules and caps; none while the cap does not act."""
-        return rewriting.record(model, KIND) if self.enabled else {}
+        own = self._own(model) if self.enabled else {}
+        return {name: entry for name, entry in rewriting.record(model, KIND).items() if name in own}
+
+    def _own(self, model: nn.Module) -> dict[str, nn.Module]:
+        found = rewriting.find(model, KIND)
+        return {n: module for n, module in found.items() if rewriting.rewrites_of(module)[KIND] is self._rewrite}
 
     @override
     def repeat(self, model: nn.Module, record: Mapping[str, Any]) -> list[str]:
@@ -106,13 +134,36 @@ class SoftCap(Surgery):
                 f"`cap` of SoftCap is {self.cap:g}, but the checkpoint was trained with {saved:g}: set "
                 f"`cap={saved:g}`, or load only the weights to start a new training."
             )
-        present = rewriting.find(model, KIND)
-        return rewriting.load(model, KIND, {n: entry for n, entry in record.items() if n not in present}, self._rewrite)
+        own = self._own(model)
+        return rewriting.load(model, KIND, {n: entry for n, entry in record.items() if n not in own}, self._rewrite)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin a run; an earlier model keeps the cap it was trained with."""
+        if self._model is not None and self._model is not pl_module:
+            active = self.enabled
+            self.renew()
+            self.enabled = active
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put back what trained nothing, and what has never acted."""
+        stop_collecting()
+        super().teardown(trainer, pl_module, stage)
+        if not self.enabled:
+            self.undo(pl_module, list(self._own(pl_module)))
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Put back what trained nothing."""
+        stop_collecting()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def describe(self, name: str) -> str:
         """The cap."""
-        return f"attention scores capped at {self.cap:g}"
+        return f"attention scores {'capped' if self.enabled else 'to be capped when it acts,'} at {self.cap:g},"
 
     @cached_property
     def state_key(self) -> str:  # type: ignore[override]
@@ -133,7 +184,7 @@ class SoftCap(Surgery):
     ) -> None:
         """Watch, in the first batch, what attention is reached."""
         if not self._checked:
-            collect_unreached(self._rewrite, "SoftCap", pl_module)
+            collect_unreached(self._rewrite)
 
     @override
     def on_train_batch_end(
@@ -167,3 +218,14 @@ def load_softcap(model: nn.Module, checkpoint: Mapping[str, Any]) -> list[str]:
 def remove_softcap(model: nn.Module) -> list[str]:
     """Take the cap away; returns the names of the modules that had one. No-op where there is none."""
     return rewriting.remove_all(model, KIND)
+
+
+def refuse_capped(model: nn.Module, limit: float, what: str) -> None:
+    """Raise a ValueError if attention is capped at or below a limit that logits are to be held under."""
+    rewrites = [rewriting.rewrites_of(module)[KIND] for module in rewriting.find(model, KIND).values()]
+    caps = [rewrite.cap for rewrite in rewrites if isinstance(rewrite, SoftCapRewrite) and rewrite.active]
+    if caps and min(caps) <= limit:
+        raise ValueError(
+            f"{what} acts above {limit:g}, but a SoftCap of {min(caps):g} lets no attention logit come so far: it "
+            "would do nothing. Leave one of the two out, or set it below the cap."
+        )

@@ -603,6 +603,8 @@ def block_outputs(model: nn.Module) -> list[str]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
+    if capture.projection_sizes(module) is not None:  # also where a parametrization has taken the weight
+        return True
     return any(weight is not None and weight.dim() > 1 for weight in module._parameters.values())
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_reg import capture, rewriting
 from lightning_reg.callbacks.regularizer import describe_targets, plain_targets
-from lightning_reg.callbacks.surgery import check_reached, collect_unreached
+from lightning_reg.callbacks.surgery import check_reached, collect_unreached, stop_collecting
 from lightning_reg.capture import Targets
 from lightning_reg.functional.stochastic_attention import check_keep, kept_keys, masked_to, stochastic_attention
 
@@ -102,10 +103,11 @@ class StochasticAttention(Callback):
 
     def detach(self, model: nn.Module) -> None:
         """Leave the model as it was."""
-        modules = capture.named_modules(model)
-        for name in self._names:
-            rewriting.remove(modules[name], KIND)
-            modules[name].__dict__.pop(SEED, None)
+        stop_collecting()
+        for module in rewriting.find(model, KIND).values():
+            if rewriting.rewrites_of(module)[KIND] is self._rewrite:
+                rewriting.remove(module, KIND)
+                module.__dict__.pop(SEED, None)
         self._names = []
 
     # --- with a Trainer ---
@@ -119,7 +121,14 @@ class StochasticAttention(Callback):
             logger.log_hyperparams({f"reg/{KIND}/{key}": value for key, value in arguments.items()})
 
     def _begin(self, model: nn.Module) -> None:
+        taken = rewriting.find(model, KIND)
+        if two := [name for name in rewriting.select_modules(self.targets, model) if name in taken]:
+            raise ValueError(
+                f"two StochasticAttentions act on {two[0]!r}: give them `targets=` that do not overlap, or leave the "
+                "other `regularize` block first."
+            )
         self._names = rewriting.install_everywhere(model, self._rewrite, self.targets)
+        rank_zero_info(f"StochasticAttention: a share of {self.keep:g} of the keys at {len(self._names)} sites")
         modules = capture.named_modules(model)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._seeds = torch.zeros(len(self._names), dtype=torch.int64, device=device)
@@ -140,7 +149,7 @@ class StochasticAttention(Callback):
         """Draw anew."""
         self._draw(trainer.fit_loop.epoch_loop.total_batch_idx, trainer.global_rank)
         if not self._checked:
-            collect_unreached(self._rewrite, "StochasticAttention", pl_module)
+            collect_unreached(self._rewrite)
 
     @override
     def on_train_batch_end(

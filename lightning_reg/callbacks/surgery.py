@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Prepares
-from lightning_reg.rewriting import Rewrite, compiled_multihead
+from lightning_reg.rewriting import Rewrite
 
 
 class Surgery(Prepares, Callback):
@@ -170,13 +170,8 @@ class Surgery(Prepares, Callback):
                 self.repeat(self._model, self._record)
 
 
-def collect_unreached(rewrite: Rewrite, callback: str, model: nn.Module) -> None:
-    """Before the first batch: begin to note which attention a rewrite reaches; raise for what it cannot reach."""
-    if name := next(iter(compiled_multihead(model, rewrite.kind)), None):
-        raise RuntimeError(
-            f"{callback} cannot reach the attention of {name!r}: compiled code enters `nn.MultiheadAttention` without "
-            "its Python. Compile other modules, or leave it out with `targets=`."
-        )
+def collect_unreached(rewrite: Rewrite) -> None:
+    """Before the first batch: begin to note which attention a rewrite reaches."""
     rewrite.fired = False
     capture.unrewritten = []
 
@@ -184,8 +179,6 @@ def collect_unreached(rewrite: Rewrite, callback: str, model: nn.Module) -> None
 def check_reached(rewrite: Rewrite, callback: str, everything: bool) -> None:
     """After the first batch: raise a RuntimeError if a rewrite reached none, or, with ``everything``, missed some."""
     missed, capture.unrewritten = capture.unrewritten or [], None
-    if not rewrite.active:
-        return
     if not rewrite.fired:
         raise RuntimeError(
             f"{callback} reached no attention in the first training step. It sees `F.scaled_dot_product_attention` and "
@@ -197,3 +190,8 @@ def check_reached(rewrite: Rewrite, callback: str, everything: bool) -> None:
             f"{callback} did not reach the attention computed in {', '.join(dict.fromkeys(missed))}. Name the modules "
             "that compute attention with `targets=`; those it should not reach may be left out of them."
         )
+
+
+def stop_collecting() -> None:
+    """After a crash: no-op when nothing is collected."""
+    capture.unrewritten = None

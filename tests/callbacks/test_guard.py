@@ -21,6 +21,7 @@ from lightning_reg.callbacks import (
     StochasticAttention,
 )
 from lightning_reg.conditions import Condition
+from lightning_reg.schedules import TargetController
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings(
@@ -184,6 +185,39 @@ def test_a_remedy_without_targets_is_loud_before_it_is_needed() -> None:
         fit(tiny.Tiny(), [Guard(AttentionEntropyRegularizer(1.0, targets="nowhere"), "max_logit > 1e9")])
 
 
+def test_a_quantity_that_is_not_measured_is_loud_at_the_second_measurement() -> None:
+    monitor = StabilityMonitor(quantities=["logits"], warn={}, every_n_steps=1)
+    with pytest.raises(RuntimeError, match=r"guard asks for max_logit, which its StabilityMonitor does not measure"):
+        fit(tiny.Tiny(), [monitor, Guard(QKClip(heads=2), "max_logit > 20")])
+
+
+def test_a_remedy_that_the_trainer_has_too_is_refused() -> None:
+    clip = QKClip(heads=2)
+    with pytest.raises(ValueError, match="QKClip is in the Trainer's callbacks and in guard"):
+        fit(tiny.Tiny(), [clip, Guard(clip, "max_logit > 1")])
+
+
+def test_a_second_fit_of_the_same_model_goes_on_as_the_first_has_ended() -> None:
+    module, cap = Growing(), SoftCap(0.5)
+    guard = Guard(cap, "max_logit > 5")
+    fit(module, [guard])
+    assert guard.active
+    (x,) = next(iter(tiny.loader(1)))
+    fit(module, [guard], limit_train_batches=0)
+    assert (guard.active, cap.enabled) == (True, True)
+    other = tiny.Tiny()
+    wanted = module.eval()(x)
+    fit(other, [guard])
+    assert not guard.active
+    assert torch.equal(module(x), wanted)
+
+
+def test_a_cap_that_never_acted_leaves_nothing_behind() -> None:
+    module = tiny.Tiny()
+    fit(module, [Guard(SoftCap(0.5), "max_logit > 1e9")])
+    assert type(module.net.blocks[0].attention) is tiny.Attention
+
+
 @pytest.mark.parametrize(
     ("text", "values", "holds"),
     [
@@ -199,6 +233,11 @@ def test_a_remedy_without_targets_is_loud_before_it_is_needed() -> None:
         ("max_logit > 5", {}, False),
         ("max_logit > 5", {"max_logit": float("nan")}, False),
         ("max_logit > 5", {"max_logit": float("inf")}, True),
+        ("not max_logit > 100", {}, False),
+        ("not max_logit < 100", {"max_logit": float("nan")}, False),
+        ("max_logit > 5 or entropy_min < 0.2", {"max_logit": 6.0}, True),
+        ("max_logit > 5 and entropy_min < 0.2", {"max_logit": 4.0}, False),
+        ("not (max_logit > 5 and entropy_min < 0.2)", {"max_logit": 4.0}, True),
     ],
     ids=str,
 )
@@ -235,6 +274,15 @@ def test_bad_conditions_say_what_there_is(text: str, message: str) -> None:
         (lambda: Guard(SigmaReparam(), "max_logit > 1"), ValueError, "`remedy` must be a penalty"),
         (lambda: Guard(ActivationSubstitution("relu"), "max_logit > 1"), ValueError, "belongs into the Trainer's"),
         (lambda: Guard([], "max_logit > 1"), ValueError, "`remedy` must hold at least one"),
+        (lambda: Guard(QKClip, "max_logit > 1"), TypeError, "got the class QKClip: call it"),
+        (lambda: Guard(lambda: 1, "max_logit > 1"), TypeError, "must be callable with (trainer, pl_module)"),
+        (
+            lambda: Guard(
+                AttentionEntropyRegularizer(1.0, schedule=TargetController(0.5, quantity="value")), "k90_min < 1"
+            ),
+            ValueError,
+            "has a TargetController, which would wind up",
+        ),
         (lambda: Guard("qk_clip", "max_logit > 1"), ValueError, "got 'qk_clip'"),
         (lambda: Guard(QKClip(), "max_logit > 1", hold=-1), ValueError, "`hold` must be a number of optimizer steps"),
         (lambda: Guard(QKClip(), "max_logit > 1", name=""), ValueError, "`name` must be a word"),
@@ -242,7 +290,20 @@ def test_bad_conditions_say_what_there_is(text: str, message: str) -> None:
         (lambda: Guard(QKClip(), "max_logit > 1", release="x < 1"), ValueError, "`release` must compare"),
         (lambda: Guard(QKClip(), "max_logit > 1").attach(tiny.Tiny()), TypeError, "Guard needs a Trainer"),
     ],
-    ids=["reparam", "substitution", "none", "text", "hold", "name", "when", "release", "loop"],
+    ids=[
+        "reparam",
+        "substitution",
+        "none",
+        "class",
+        "arity",
+        "controller",
+        "text",
+        "hold",
+        "name",
+        "when",
+        "release",
+        "loop",
+    ],
 )
 def test_bad_arguments(make: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message.replace("(", r"\(")):
