@@ -269,6 +269,10 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(make: Callable[[], pl
     assert torch.equal(run(str(tmp_path / "epoch=0.ckpt")), whole)
 
 
+def whole(x: Tensor) -> DataLoader:
+    return DataLoader(x, batch_size=len(x))
+
+
 def saved(tmp_path: Any) -> tuple[tiny.Tiny, str]:
     module = tiny.Tiny()
     tiny.fit(module, [SoftCap(CAP), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
@@ -287,13 +291,13 @@ def test_checkpoint_restores_the_cap_with_and_without_a_trainer(tmp_path: Any) -
     assert torch.equal(plain(x), wanted)
     assert remove_softcap(plain) == ["net.blocks.0.attention", "net.blocks.1.attention"]
     assert remove_softcap(plain) == []
-    outputs = tiny.trainer([SoftCap(CAP)]).predict(other := tiny.Tiny(), [x], ckpt_path=path, weights_only=False)
+    outputs = tiny.trainer([SoftCap(CAP)]).predict(other := tiny.Tiny(), whole(x), ckpt_path=path, weights_only=False)
     assert torch.equal(outputs[0], wanted)
     remove_softcap(other)
     with pytest.raises(
         ValueError, match=r"`cap` of SoftCap is 3, but the checkpoint was trained with 0.05: set `cap=0"
     ):
-        tiny.trainer([SoftCap(3.0)]).predict(tiny.Tiny(), [x], ckpt_path=path, weights_only=False)
+        tiny.trainer([SoftCap(3.0)]).predict(tiny.Tiny(), whole(x), ckpt_path=path, weights_only=False)
     with pytest.raises(ValueError, match="holds no record of `SoftCap`"):
         load_softcap(tiny.Tiny(), {})
 
@@ -524,7 +528,9 @@ def test_two_caps_on_one_attention_are_refused_and_two_caps_apart_resume(tmp_pat
     module = tiny.Tiny()
     tiny.fit(module, [*apart(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
     (x,) = next(iter(tiny.loader(1)))
-    outputs = tiny.trainer(apart()).predict(tiny.Tiny(), [x], ckpt_path=str(tmp_path / "last.ckpt"), weights_only=False)
+    outputs = tiny.trainer(apart()).predict(
+        tiny.Tiny(), whole(x), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=False
+    )
     assert torch.equal(outputs[0], module.eval()(x))
 
 

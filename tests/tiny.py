@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -189,7 +190,8 @@ def trainer(callbacks: list[pl.Callback] | None = None, **kwargs: Any) -> pl.Tra
     settings: dict[str, Any] = dict(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, callbacks=callbacks or [],
-        default_root_dir=tempfile.mkdtemp(),  # where a monitor without a logger leaves its history
+        # where a monitor without a logger leaves its history
+        default_root_dir=tempfile.mkdtemp() if Path.cwd() == Path(__file__).parents[1] else None,
     )  # fmt: skip
     return pl.Trainer(**{**settings, **kwargs})
 

@@ -306,7 +306,9 @@ def test_keys_do_not_depend_on_the_process() -> None:
 def test_substitution_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         tiny.fit(Smooth(), [ActivationSubstitution("topk")])
-    assert "ActivationSubstitution: TopK in place of the activations of 2 MLPs (net.blocks.0.act_fn, " in caplog.text
+    assert (
+        "ActivationSubstitution: TopK in place of the MLP's activation at 2 sites (net.blocks.0.act_fn, " in caplog.text
+    )
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
