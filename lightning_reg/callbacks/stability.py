@@ -235,8 +235,9 @@ class StabilityMonitor(Monitor):
     ``effective_rank_min``, ``gradient_rms``, ``gradient_rms_max``, ``predicted_step``; those that a model has not are
     missing. They are logged as ``reg/<name>/<headline>``, and single heads and sites as
     ``reg/<name>/{entropy,max_logit,k90}/<site>/<head>`` and ``reg/<name>/<quantity>/<site>``, to the loggers only.
-    Everything is also in ``history`` and in ``<name>.jsonl`` beside the logs. With several processes headlines are
-    reduced over them, so that alarms go off on all alike; single heads and sites are rank zero's.
+    ``predicted_step`` needs six measurements in the later half of the steps, logits that grow, and a crossing before
+    the training ends. Everything is also in ``history`` and in ``<name>.jsonl`` beside the logs. With several processes
+    headlines are reduced over them, so that alarms go off on all alike; single heads and sites are rank zero's.
 
     An alarm goes off once when a headline crosses its level, and again only after it came back behind 80 % of it (125 %
     for those that warn below a level). It is a warning, an entry ``alarms`` of the record, and the call of ``action``.
