@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from lightning_reg.callbacks import stability
+
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -17,6 +19,13 @@ for name in ("lightning.pytorch", "lightning.fabric"):
 def _seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _stability_at_every_logging_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings of tests are shorter than what lies between two measurements by default."""
+    if "default_cadence" not in request.keywords:
+        monkeypatch.setattr(stability, "LEAST_STEPS", 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

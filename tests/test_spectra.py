@@ -38,6 +38,24 @@ def test_small_weights_are_decomposed_at_each_look() -> None:
                 parameter.add_(torch.randn_like(parameter))
 
 
+def test_small_weights_take_turns_by_quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
+    monkeypatch.setattr(spectra, "MOST_WORK", 8 * 4**3)
+    weights = Weights(net)
+    before, _ = weights.spectra()  # all of them
+    with torch.no_grad():
+        for layer in net:
+            layer.weight.mul_(3)
+    for look in range(1, 5):
+        norms, ranks = weights.spectra()
+        fresh = [name for name in norms if not torch.equal(norms[name], before[name])]
+        assert fresh == [str(number) for number in range(2 * look)]
+        for name in fresh:
+            norm, rank = reference(net[int(name)].weight)
+            assert norms[name].item() == pytest.approx(norm, rel=1e-6)
+            assert ranks[name].item() == pytest.approx(rank, rel=1e-6)
+
+
 def test_large_weights_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectra, "MOST_WORK", 2 * tiny.WIDTH**3)  # two matrices at a look
     net = tiny.Tiny().net

@@ -815,3 +815,41 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     (monitor,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, StabilityMonitor)]
     assert (monitor.rows, monitor.stop, monitor.warn) == (8, {"max_logit": 1e4}, {"max_logit": 50.0})
+
+
+def test_sigma_reparam_does_not_hide_blocks_or_gradients() -> None:
+    histories = []
+    for others in ([], [SigmaReparam()]):
+        monitor = StabilityMonitor(warn={}, every_n_steps=1)
+        tiny.fit(tiny.Tiny(), [*others, monitor])
+        histories.append(monitor.history[-1])
+    plain, reparametrized = histories
+    for quantity in ("massive_activations", "gradient_rms"):
+        assert list(plain[quantity]) == ["net.blocks.0", "net.blocks.1"]
+        assert list(reparametrized[quantity]) == list(plain[quantity])
+        assert all(value > 0 for value in reparametrized[quantity].values())
+
+
+@pytest.mark.parametrize("levels", [1e4, ["max_logit"], "max_logit"], ids=str)
+def test_levels_that_are_no_mapping_are_refused(levels: Any) -> None:
+    with pytest.raises(TypeError, match=r"`warn` must map headlines to levels, as in \{'max_logit': 1e3\}, got"):
+        StabilityMonitor(warn=levels)
+
+
+@pytest.mark.default_cadence
+@pytest.mark.parametrize(
+    ("settings", "every", "steps"),
+    [
+        ({"log_every_n_steps": 1}, None, [0, 19, 39]),
+        ({"log_every_n_steps": 8}, None, [0, 23]),
+        ({"log_every_n_steps": 25}, None, [0, 24]),
+        ({"log_every_n_steps": 25}, 15, [0, 14, 29]),
+    ],
+    ids=["often", "eight", "seldom", "asked_for"],
+)
+def test_measurements_lie_twenty_steps_apart_unless_asked_for(
+    settings: dict[str, Any], every: int | None, steps: list[int]
+) -> None:
+    monitor = StabilityMonitor(warn={}, every_n_steps=every)
+    tiny.fit(tiny.Tiny(batches=40), [monitor], **settings)
+    assert [record["step"] for record in monitor.history] == steps
