@@ -148,9 +148,7 @@ def remove(module: nn.Module, kind: str) -> None:
 def _hold(module: nn.Module) -> None:
     """Keep the attention functions replaced, and the fast paths off, while ``module`` lives."""
     global _holding, _fast_path
-    if module not in _installed:
-        _installed.add(module)
-        weakref.finalize(module, release_unused)
+    _installed.add(module)
     if not _holding:
         _holding, _fast_path = True, torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -158,7 +156,10 @@ def _hold(module: nn.Module) -> None:
 
 
 def release_unused() -> None:
-    """Put torch's attention functions back when no module with a rewrite is left. No-op otherwise."""
+    """Put torch's attention functions back when no module with a rewrite is left. No-op otherwise.
+
+    Called where trainings begin and end, not when the last module dies, which may be in the middle of a compilation.
+    """
     global _holding
     if _holding and not any(True for _ in _installed):  # its length counts those that are dying
         _holding = False

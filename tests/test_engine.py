@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
 
+from lightning_reg import rewriting
 from lightning_reg.callbacks import ActivationHoyerRegularizer, ActivationL1Regularizer
 from lightning_reg.capture import SITE
 from lightning_reg.engine import Engine
@@ -206,6 +207,7 @@ def test_fit_after_a_crash_equals_the_handwritten_loss(crash: str) -> None:
 def assert_untouched(module: torch.nn.Module) -> None:
     """Nothing of the library is left on the model or on torch."""
     gc.collect()  # models of other tests, whose cap holds torch's attention
+    rewriting.release_unused()
     assert Engine.find(module) is None
     assert not {"training_step", "manual_backward", "configure_model"} & set(module.__dict__)
     for part in module.modules():

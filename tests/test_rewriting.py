@@ -40,6 +40,8 @@ CAP = 0.05  # far below what the small models compute, so that it shows
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Any:
+    gc.collect()
+    rewriting.release_unused()  # of tests before
     before = F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax
     yield
     for module in list(rewriting._installed):
@@ -570,6 +572,7 @@ def test_when_the_last_capped_model_is_gone_torch_is_as_it_was() -> None:
     assert F.scaled_dot_product_attention is capture._attention
     del net
     gc.collect()
+    rewriting.release_unused()
     assert F.scaled_dot_product_attention is not capture._attention
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -28,7 +28,8 @@ class QKNorm(Prepares, Callback):
     before it loads a checkpoint; without one call ``lightning_reg.qk_norm.load_qk_norm(model, checkpoint)``, and
     ``remove_qk_norm`` to take them away. What a run has put in place that trained nothing is taken away again. Put it
     before weight averaging. An optimizer built from ``self.parameters()`` decays the gains with the rest, which keeps
-    them from growing. ``nn.MultiheadAttention`` must be called with ``need_weights=False`` and not be compiled.
+    them from growing. ``nn.MultiheadAttention`` must be called with ``need_weights=False``, and breaks the graph of
+    compiled code.
 
     Args:
         norm: ``"rms"`` is RMSNorm as in Qwen3 and Gemma 3, ``"layer"`` LayerNorm as in ViT-22B and timm.
@@ -173,9 +174,8 @@ class QKNorm(Prepares, Callback):
         if idle and not self.allow_unused:
             raise RuntimeError(
                 f"QKNorm: the queries and keys of {', '.join(idle)} did not pass its norms in the first step: the "
-                "attention did not run, takes the weight of its projection instead of calling it, or is a compiled "
-                "nn.MultiheadAttention, which torch hides in its graph. Leave it out with `targets=`, or set "
-                "`allow_unused=True` if it runs in some steps only."
+                "attention did not run, or takes the weight of its projection instead of calling it. Leave it out with "
+                "`targets=`, or set `allow_unused=True` if it runs in some steps only."
             )
 
     @override

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Prepares
-from lightning_reg.rewriting import Rewrite
+from lightning_reg.rewriting import Rewrite, release_unused
 
 
 class Surgery(Prepares, Callback):
@@ -102,6 +102,7 @@ class Surgery(Prepares, Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin a run, and change what exists by now."""
         super().setup(trainer, pl_module, stage)
+        release_unused()
         self._forget()
         found = [other for other in trainer.callbacks if isinstance(other, Surgery)]  # type: ignore[attr-defined]
         self._others = [other for other in found if other is not self]
@@ -145,6 +146,7 @@ class Surgery(Prepares, Callback):
         """Put back what trained nothing."""
         super().teardown(trainer, pl_module, stage)
         self._undo(pl_module)
+        release_unused()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

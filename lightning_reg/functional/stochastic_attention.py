@@ -132,8 +132,10 @@ def masked_to(attn_mask: Tensor, kept: Tensor, rows: int, keys: int, is_causal: 
         shown = shown & torch.ones(rows, keys, dtype=torch.bool, device=kept.device).tril()
     left = shown & drawn
     left = torch.where(left.any(-1, keepdim=True), left, shown)
+    if attn_mask.dtype == torch.bool:
+        return left
     # what was hidden keeps its finite fill: a row of -inf alone has no softmax
-    return left if attn_mask.dtype == torch.bool else attn_mask.masked_fill(shown & ~left, -torch.inf)
+    return attn_mask.masked_fill(~left & (attn_mask > MASKED_BIAS), -torch.inf)
 
 
 def check_keep(keep: float) -> float:
