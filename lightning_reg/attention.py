@@ -148,7 +148,7 @@ def find_attentions(root: nn.Module, *, targets: Targets = None, heads: int | No
     found = [
         attention
         for name, module in modules.items()
-        if selected is None or any(not top or name == top or name.startswith(f"{top}.") for top in selected)
+        if selected is None or any(capture.at_or_below(name, top) for top in selected)
         if (attention := _attention(name, module, heads)) is not None
     ]
     if selected is not None and not found:

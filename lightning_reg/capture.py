@@ -354,6 +354,30 @@ def _inside(name: str, parent: str) -> bool:
     return not parent or name.startswith(parent + ".")
 
 
+def at_or_below(name: str, top: str) -> bool:
+    """Whether a module is another, or inside it."""
+    return name == top or _inside(name, top)
+
+
+def select_attention(targets: Targets, model: nn.Module) -> list[tuple[str, bool]]:
+    """Modules that may compute attention, at or below the targets, each with whether it was named.
+
+    Raises:
+        ValueError: If there is none at or below the targets.
+    """
+    candidates = attention_candidates(model)
+    selected = explicit_targets(targets, model)
+    if selected is None:
+        return [(name, False) for name in candidates]
+    below = [name for name in candidates if any(at_or_below(name, top) for top in selected)]
+    if not below:
+        raise ValueError(
+            f"`targets` select {', '.join(sorted(selected))}, where no attention can be computed: name the module "
+            "whose forward calls `F.scaled_dot_product_attention` or `softmax`, or one of its parents."
+        )
+    return [(name, name in selected) for name in below]
+
+
 def attention_candidates(root: nn.Module) -> dict[str, nn.Module]:
     """Modules whose own forward may compute attention: every module that is not a plain torch layer."""
     return {

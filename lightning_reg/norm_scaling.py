@@ -111,7 +111,7 @@ def _selected(targets: Targets, modules: dict[str, nn.Module], layers: dict[str,
     chosen: set[str] = set()
     for entry in [targets] if single else list(targets or []):  # type: ignore[arg-type]
         selected = capture.match_targets(entry, modules)  # type: ignore[arg-type]
-        below = {norm for norm in layers for top in selected if not top or norm == top or norm.startswith(f"{top}.")}
+        below = {norm for norm in layers for top in selected if capture.at_or_below(norm, top)}
         if not below:
             raise ValueError(
                 f"`targets` entry selects {', '.join(sorted(selected)[:5])}, where no norm of a stack of equal blocks "

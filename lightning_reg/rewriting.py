@@ -240,7 +240,7 @@ def select_modules(targets: Targets, root: nn.Module) -> list[str]:
     candidates = capture.attention_candidates(root)
     selected = capture.explicit_targets(targets, root)
     if selected is not None:
-        below = [n for n in candidates if any(not top or n == top or n.startswith(f"{top}.") for top in selected)]
+        below = [n for n in candidates if any(capture.at_or_below(n, top) for top in selected)]
         chosen = [name for name in below if name in selected or _computes(name, candidates)]
     else:
         chosen = [name for name in candidates if name and _computes(name, candidates)]

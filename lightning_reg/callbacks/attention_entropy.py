@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import LayerWeights, Regularizer
+from lightning_reg.callbacks.regularizer import LayerWeights, Regularizer, check_attention_fired
 from lightning_reg.capture import Targets
 from lightning_reg.losses import AttentionEntropyLoss
 from lightning_reg.losses.attention_entropy import Level, Objective
@@ -92,19 +92,7 @@ class AttentionEntropyRegularizer(Regularizer):
             models = find_mil_models(self.targets, model)
             self.reader = MilReader(self.adapter, single=len(models) == 1)
             return [(name, True) for name in models]
-        candidates = capture.attention_candidates(model)
-        selected = capture.explicit_targets(self.targets, model)
-        if selected is None:
-            return [(name, False) for name in candidates]
-        below = [
-            name for name in candidates if any(not top or name == top or name.startswith(f"{top}.") for top in selected)
-        ]
-        if not below:
-            raise ValueError(
-                f"`targets` select {', '.join(sorted(selected))}, where no attention can be computed: name the module "
-                "whose forward calls `F.scaled_dot_product_attention` or `softmax`, or one of its parents."
-            )
-        return [(name, name in selected) for name in below]
+        return capture.select_attention(self.targets, model)
 
     def see_attention(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """``(penalty, value)`` of attention rows."""
@@ -143,20 +131,7 @@ class AttentionEntropyRegularizer(Regularizer):
         """At least one site must have computed attention, below each module the user named."""
         if self.adapter is not None:
             return check_mil_fired(self.name, taps)
-        if not any(tap.fired for tap in taps):
-            raise RuntimeError(
-                f"`{self.name}` caught no attention in the first training step. It sees "
-                "`F.scaled_dot_product_attention` and softmax, in modules that are in training mode and reached by "
-                "gradient. Flash-attention, FlexAttention and Nystrom products are not seen: with Hugging Face use "
-                "`attn_implementation='sdpa'`, and for a softmax in an unusual place name its module with `targets=`. "
-                "A compiled block inside a reentrant checkpoint is not seen either: use `use_reentrant=False`."
-            )
-        idle = [tap.site.label for tap in taps if tap.site.explicit and not _fired_at_or_below(tap, taps)]
-        if idle:
-            raise RuntimeError(
-                f"`{self.name}`: no attention was computed in {', '.join(idle)} in the first training step. Leave it "
-                "out of `targets`, or set `allow_unused=True` if it runs in some steps only."
-            )
+        return check_attention_fired(self.name, taps)
 
     def definition(self) -> dict[str, Any]:
         """Arguments that define the quantity and the direction."""
@@ -166,13 +141,6 @@ class AttentionEntropyRegularizer(Regularizer):
             "objective": loss.objective, "normalize": loss.normalize, "bound": bound, "level": loss.level,
             "top_k": loss.top_k, "adapter": None if self.adapter is None else self.adapter.describe(),
         }  # fmt: skip
-
-
-def _fired_at_or_below(tap: "Tap", taps: "list[Tap]") -> bool:
-    top = tap.site.name
-    return any(
-        other.fired and (not top or other.site.name == top or other.site.name.startswith(f"{top}.")) for other in taps
-    )
 
 
 def find_mil_models(targets: Targets, model: nn.Module) -> list[str]:

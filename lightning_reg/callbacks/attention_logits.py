@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_reg import capture
 from lightning_reg.callbacks.observer import Mask
-from lightning_reg.callbacks.regularizer import LayerWeights, Regularizer
+from lightning_reg.callbacks.regularizer import LayerWeights, Regularizer, check_attention_fired
 from lightning_reg.callbacks.softcap import refuse_capped
 from lightning_reg.capture import AttentionCall, Targets
 from lightning_reg.functional.attention_logits import logit_rows, logit_rows_from_scores
@@ -66,17 +66,7 @@ class AttentionLogitRegularizer(Regularizer):
 
     def find_sites(self, model: nn.Module) -> list[tuple[str, bool]]:
         """Modules that may compute attention, at or below the targets."""
-        candidates = capture.attention_candidates(model)
-        selected = capture.explicit_targets(self.targets, model)
-        if selected is None:
-            return [(name, False) for name in candidates]
-        below = [name for name in candidates if any(_at_or_below(name, top) for top in selected)]
-        if not below:
-            raise ValueError(
-                f"`targets` select {', '.join(sorted(selected))}, where no attention can be computed: name the module "
-                "whose forward calls `F.scaled_dot_product_attention` or `softmax`, or one of its parents."
-            )
-        return [(name, name in selected) for name in below]
+        return capture.select_attention(self.targets, model)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -100,28 +90,9 @@ class AttentionLogitRegularizer(Regularizer):
 
     def check_fired(self, taps: "list[Tap]") -> None:
         """At least one site must have computed attention, below each module the user named."""
-        fired = [tap.site.name for tap in taps if tap.fired]
-        if not fired:
-            raise RuntimeError(
-                f"`{self.name}` caught no attention in the first training step. It sees "
-                "`F.scaled_dot_product_attention` and softmax, in modules that are in training mode and reached by "
-                "gradient, not flash-attention, FlexAttention or Nystrom products: with Hugging Face use "
-                "`attn_implementation='sdpa'`, and for a softmax in an unusual place name its module with `targets=`. "
-                "A compiled block inside a reentrant checkpoint is not seen either: use `use_reentrant=False`."
-            )
-        named = [tap.site for tap in taps if tap.site.explicit]
-        idle = [site.label for site in named if not any(_at_or_below(name, site.name) for name in fired)]
-        if idle:
-            raise RuntimeError(
-                f"`{self.name}`: no attention was computed in {', '.join(idle)} in the first training step. Leave it "
-                "out of `targets`, or set `allow_unused=True` if it runs in some steps only."
-            )
+        check_attention_fired(self.name, taps)
 
     def definition(self) -> dict[str, Any]:
         """Arguments that define the quantity."""
         bound = self.loss.bound if self.loss.objective == "hinge" else None
         return {"objective": self.loss.objective, "bound": bound}
-
-
-def _at_or_below(name: str, top: str) -> bool:
-    return not top or name == top or name.startswith(f"{top}.")

@@ -20,7 +20,6 @@ from lightning_reg.callbacks.recording import (
     History,
     Monitor,
     Watcher,
-    at_or_below,
     check_count,
     check_quantities,
     described,
@@ -236,7 +235,7 @@ class RegMonitor(Monitor):
             found = [*reparametrized(trainer), *self._weights.entries]
         selected = capture.explicit_targets(self.targets, model)
         if selected is not None:
-            found = [name for name in found if any(at_or_below(name, top) for top in selected)]
+            found = [name for name in found if any(capture.at_or_below(name, top) for top in selected)]
         # attention is known by what runs: its sites are thinned out after the first step
         found = found if quantity == ENTROPY else spaced(found, self.max_layers)
         if quantity == NORM and self._weights is not None:

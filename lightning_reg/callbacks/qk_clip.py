@@ -135,7 +135,7 @@ class QKClip(Observer, Callback):
         candidates = capture.attention_candidates(model)
         own = {layer.attention.name: index for index, layer in enumerate(self._layers)}
         for name in dict.fromkeys([*own, *candidates]):
-            above = [top for top in own if not top or name == top or name.startswith(f"{top}.")]
+            above = [top for top in own if capture.at_or_below(name, top)]
             if above:
                 self._of_site[name] = own[max(above, key=len)]
         return [(name, self.targets is not None and name in own) for name in self._of_site]

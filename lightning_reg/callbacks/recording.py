@@ -254,11 +254,6 @@ def reparametrized(trainer: pl.Trainer) -> dict[str, Tensor]:
     return {site: norm for callback in sigma_reparams(trainer) for site, norm in callback.spectral_norms().items()}
 
 
-def at_or_below(name: str, top: str) -> bool:
-    """Whether a module is another or inside it."""
-    return not top or name == top or name.startswith(f"{top}.")
-
-
 def spaced(items: list[Any], most: int | None) -> list[Any]:
     """At most ``most`` items, evenly spaced from the first to the last."""
     if most is None or len(items) <= most:

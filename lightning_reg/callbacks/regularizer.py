@@ -471,6 +471,26 @@ def find_pre_activation_sites(targets: Targets, model: nn.Module) -> list[tuple[
     return [(name, selected is not None) for name in dict.fromkeys(sites)]
 
 
+def check_attention_fired(name: str, taps: "list[Tap]") -> None:
+    """Raise if no attention was computed, or none at or below a module the user named."""
+    fired = [tap.site.name for tap in taps if tap.fired]
+    if not fired:
+        raise RuntimeError(
+            f"`{name}` caught no attention in the first training step. It sees "
+            "`F.scaled_dot_product_attention` and softmax, in modules that are in training mode and reached by "
+            "gradient. Flash-attention, FlexAttention and Nystrom products are not seen: with Hugging Face use "
+            "`attn_implementation='sdpa'`, and for a softmax in an unusual place name its module with `targets=`. "
+            "A compiled block inside a reentrant checkpoint is not seen either: use `use_reentrant=False`."
+        )
+    named = [tap.site for tap in taps if tap.site.explicit]
+    idle = [site.label for site in named if not any(capture.at_or_below(other, site.name) for other in fired)]
+    if idle:
+        raise RuntimeError(
+            f"`{name}`: no attention was computed in {', '.join(idle)} in the first training step. Leave it "
+            "out of `targets`, or set `allow_unused=True` if it runs in some steps only."
+        )
+
+
 def check_hidden_fired(name: str, taps: "list[Tap]") -> None:
     """Raise if a down-projection did not run."""
     idle = [tap.site.label for tap in taps if not tap.fired]

@@ -23,7 +23,6 @@ from lightning_reg.callbacks.recording import (
     History,
     Monitor,
     Watcher,
-    at_or_below,
     check_count,
     check_quantities,
     described,
@@ -414,7 +413,9 @@ class StabilityMonitor(Monitor):
 
     def _selected(self, names: list[str], model: nn.Module) -> list[str]:
         tops = capture.explicit_targets(self.targets, model)
-        return names if tops is None else [name for name in names if any(at_or_below(name, top) for top in tops)]
+        return (
+            names if tops is None else [name for name in names if any(capture.at_or_below(name, top) for top in tops)]
+        )
 
     def _check_fired(self, engine: Engine, model: pl.LightningModule) -> None:
         """After the first step: raise if something asked for did not run, and find the attention's weights."""
@@ -445,7 +446,7 @@ class StabilityMonitor(Monitor):
         weights.entries = {
             label: entry
             for label, entry in weights.entries.items()
-            if label not in inner and any(at_or_below(label, top) for top in self._tops)
+            if label not in inner and any(capture.at_or_below(label, top) for top in self._tops)
         }
         self._weights = weights if weights.entries else None
 
@@ -453,7 +454,7 @@ class StabilityMonitor(Monitor):
         """The block that a parameter belongs to, else the module."""
         if name not in self._layers:
             path = capture._plain_path(name)
-            blocks = [block for block in self._blocks if at_or_below(path, block)]
+            blocks = [block for block in self._blocks if capture.at_or_below(path, block)]
             self._layers[name] = max(blocks, key=len) if blocks else path.rpartition(".")[0]
         return self._layers[name]
 
@@ -479,7 +480,9 @@ class StabilityMonitor(Monitor):
             seen |= {("effective_rank", label): rank for label, rank in ranks.items()}
         if self._tops:
             others = {label: norm.max() for label, norm in reparametrized(trainer).items()}
-            norms |= {label: norm for label, norm in others.items() if any(at_or_below(label, t) for t in self._tops)}
+            norms |= {
+                label: norm for label, norm in others.items() if any(capture.at_or_below(label, t) for t in self._tops)
+            }
         seen |= {("spectral_norm", label): norm for label, norm in norms.items()}
         seen |= {(GRADIENTS, layer): rms for layer, (rms, _) in self._gradients.items()}
         record: History = {}
@@ -601,7 +604,7 @@ def block_outputs(model: nn.Module) -> list[str]:
             parent = name.rpartition(".")[0]
             listed = isinstance(modules.get(parent), (nn.ModuleList, nn.Sequential))
             runs = not isinstance(modules[name], (nn.ModuleList, nn.ModuleDict))
-            if listed and runs and any(at_or_below(other, name) for other in others):
+            if listed and runs and any(capture.at_or_below(other, name) for other in others):
                 found[name] = None
                 break
             name = parent

@@ -556,6 +556,13 @@ class _Scores:
 
     def _probs(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of a block (B, H, M, N) and their logarithms; uniform where a row sees nothing."""
+        scores, hidden = self._logits(block, q, k)
+        if hidden is not None:
+            scores = scores.masked_fill_(hidden, HIDDEN_SCORE)
+        return _probs(scores, -1, self.top_k)
+
+    def _logits(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores of a block (B, H, M, N), and which of them are hidden."""
         scores = (q @ k.transpose(-1, -2)).mul_(self.scale)
         heads = self.query.shape[1]
         scores = scores.reshape(len(q), heads, q.shape[1] * q.shape[2] // heads, k.shape[2])
@@ -569,9 +576,7 @@ class _Scores:
             queries = torch.arange(block[1].start, block[1].start + scores.shape[2], device=q.device)
             future = torch.arange(scores.shape[3], device=q.device) > queries[:, None]
             hidden = future if hidden is None else hidden | future
-        if hidden is not None:
-            scores = scores.masked_fill_(hidden, HIDDEN_SCORE)
-        return _probs(scores, -1, self.top_k)
+        return scores, hidden
 
 
 def _full_precision(tensor: Tensor) -> Any:

@@ -48,7 +48,6 @@ from torch import Tensor
 from lightning_reg.functional.attention_entropy import (
     HIDDEN_SCORE,
     MASKED_BIAS,
-    Block,
     _check_floating,
     _check_mask,
     _check_query_key,
@@ -219,22 +218,6 @@ class _Logits(_Scores):
                     part.copy_((push @ k).reshape(part.shape))
                     for_key[block[0]].add_(push.transpose(-1, -2) @ q)
         return for_query.reshape(self.shapes[0]), for_key.reshape(self.shapes[1]), self._as_given(for_bias)
-
-    def _logits(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores of a block (B, H, M, N), and which of them are hidden."""
-        scores, heads = (q @ k.transpose(-1, -2)).mul_(self.scale), self.query.shape[1]
-        scores = scores.reshape(len(q), heads, q.shape[1] * q.shape[2] // heads, k.shape[2])
-        hidden = None
-        if self.mask is not None:
-            hidden = ~_cut(self.mask, block)
-        if self.bias is not None:
-            bias = _cut(self.bias, block)
-            scores, hidden = scores + bias, bias <= MASKED_BIAS
-        if self.is_causal:
-            queries = torch.arange(block[1].start, block[1].start + scores.shape[2], device=q.device)
-            future = torch.arange(scores.shape[3], device=q.device) > queries[:, None]
-            hidden = future if hidden is None else hidden | future
-        return scores, hidden
 
 
 def _row(scores: Tensor, hidden: Tensor | None, statistic: Statistic, dim: int) -> Tensor:
