@@ -1,0 +1,149 @@
+"""Where a kernel runs, and what runs in its place: an operator is torch code with a Triton kernel behind it."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_CAPABILITY = (8, 0)  # bf16 products
+
+_off = os.environ.get("LIGHTNING_REG_KERNELS", "1") == "0"
+_interpreting = False
+_failed: dict[Any, str] = {}  # calls whose kernel did not compile or launch
+_warned: set[str] = set()
+
+
+class Unsupported(Exception):
+    """A kernel does not handle these arguments; the message completes 'because ...'."""
+
+
+def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False) -> Callable[[Callable], Callable]:
+    """Tie a function, which defines a quantity in torch, to a kernel that computes the same.
+
+    Args:
+        kernel: ``module.function`` below ``lightning_reg.kernels``, with the arguments and results of the decorated
+            function. It raises ``Unsupported`` for what it cannot do, before it launches anything.
+        fake: Shapes and dtypes of the results, for compilation; the decorated function itself when left out.
+        inline: Let compiled code trace the torch code, which it fuses with what stands around it, instead of calling
+            the kernel.
+
+    The decorated function must be annotated as ``torch.library.custom_op`` asks, return fresh tensors and take all
+    arguments by position. Autograd does not see through it: call it inside an ``autograd.Function``.
+    """
+
+    def register(eager: Callable) -> Callable:
+        name = kernel.replace(".", "_")
+
+        @wraps(eager)
+        def run(*args: Any) -> Any:
+            launch = _launcher(kernel, args)
+            if launch is not None:
+                try:
+                    return launch(*args)
+                except Unsupported as reason:
+                    _warn(name, str(reason))
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    _failed[_key(kernel, args)] = f"{type(error).__name__}: {error}"
+                    _warn(name, f"its kernel failed with {type(error).__name__}: {str(error)[:300]}")
+            return eager(*args)
+
+        custom = torch.library.custom_op(f"lightning_reg::{name}", run, mutates_args=())
+        custom.register_fake(fake or eager)
+
+        @wraps(eager)
+        def call(*args: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return run(*args)
+            if inline or not _first(args).is_cuda:
+                return eager(*args)
+            return custom(*args)
+
+        return call
+
+    return register
+
+
+def unavailable(tensor: Tensor) -> str | None:
+    """Why no kernel can run on the device of ``tensor``; None when one can, and an empty text where none is meant to."""
+    if _off:
+        return ""
+    if not tensor.is_cuda:
+        return None if _interpreting else ""
+    return _missing(tensor.device.index or 0)
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """No kernel runs inside; compiled code that holds one keeps it."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels run on CPU tensors inside, slowly: set ``TRITON_INTERPRET=1`` before the first one is loaded."""
+    global _interpreting
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("`interpreted()` needs the environment variable `TRITON_INTERPRET=1`, set at the start.")
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+def warn_once(text: str) -> None:
+    """Warn of a fallback the first time it is taken."""
+    if text not in _warned and not torch.compiler.is_compiling():
+        _warned.add(text)
+        warnings.warn(text, stacklevel=3)
+
+
+def _launcher(kernel: str, args: tuple) -> Callable | None:
+    reason = unavailable(_first(args))
+    if reason is None and (not _failed or _key(kernel, args) not in _failed):
+        return _load(kernel)
+    if reason:
+        _warn(kernel.replace(".", "_"), reason)
+    return None
+
+
+def _warn(name: str, reason: str) -> None:
+    warn_once(f"lightning_reg computes {name} in plain torch, which is exact but slower, because {reason}.")
+
+
+@cache
+def _load(kernel: str) -> Callable:
+    module, _, function = kernel.rpartition(".")
+    return getattr(import_module(f"lightning_reg.kernels.{module}"), function)
+
+
+@cache
+def _missing(device: int) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton`"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"kernels need compute capability 8.0, and device {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _first(args: tuple) -> Tensor:
+    return next(arg for arg in args if isinstance(arg, Tensor))
+
+
+def _key(kernel: str, args: tuple) -> Any:
+    return kernel, *((arg.dtype, arg.shape[-1:]) for arg in args if isinstance(arg, Tensor))
