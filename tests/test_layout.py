@@ -28,10 +28,12 @@ SHARED = {
         "surgery",
     },
     "losses": set(),
+    "kernels": {"operators"},
 }
 # who may import whom: never back
 LAYERS = {
-    "functional": set(),
+    "kernels": set(),
+    "functional": {"kernels"},
     "losses": {"functional"},
     "metrics": {"functional"},
     "schedules": set(),
