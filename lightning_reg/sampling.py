@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg import capture
-from lightning_reg.functional.attention_entropy import MASKED_BIAS, _as_bhmd, _full_precision, _upcast
+from lightning_reg.functional._scores import MASKED_BIAS, as_bhmd, full_precision, upcast
 
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill [0, 1) evenly
 
@@ -52,13 +52,13 @@ def sample_rows(call: capture.AttentionCall, rows: int, shift: Tensor, tokens: T
     assert call.key is not None
     query, key = capture.broadcast_leading(call.query, call.key, call.enable_gqa)
     lead, axis = query.shape[:-2], 0 if query.shape[0] != key.shape[0] else 1
-    q, k = _as_bhmd(query, lead, axis), _as_bhmd(key, lead, axis)
-    mask = None if call.attn_mask is None else _as_bhmd(call.attn_mask, lead, axis)
-    counted = None if valid is None else _as_bhmd(valid.unsqueeze(-1), lead, axis)
+    q, k = as_bhmd(query, lead, axis), as_bhmd(key, lead, axis)
+    mask = None if call.attn_mask is None else as_bhmd(call.attn_mask, lead, axis)
+    counted = None if valid is None else as_bhmd(valid.unsqueeze(-1), lead, axis)
     scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
     sample = _Sample(q.shape[0], q.shape[2], rows, shift.to(q.device))
-    with _full_precision(q):
-        q, k = _upcast(sample.of_rows(q)), _upcast(sample.of_batch(k))
+    with full_precision(q):
+        q, k = upcast(sample.of_rows(q)), upcast(sample.of_batch(k))
         batch, heads, queries, dim = q.shape
         scores = (q.reshape(batch, k.shape[1], -1, dim) @ k.mT).mul_(scale).view(batch, heads, queries, k.shape[2])
     hidden: list[Tensor] = []
@@ -82,10 +82,10 @@ def sample_rows(call: capture.AttentionCall, rows: int, shift: Tensor, tokens: T
 def _of_scores(scores: Tensor, valid: Tensor | None, rows: int, shift: Tensor) -> Rows:
     lead = scores.shape[:-2]
     scores = scores if scores.dim() > 1 else scores.unsqueeze(0)
-    table = _as_bhmd(scores, lead, 1)
-    counted = None if valid is None else _as_bhmd(valid.unsqueeze(-1), lead, 1)
+    table = as_bhmd(scores, lead, 1)
+    counted = None if valid is None else as_bhmd(valid.unsqueeze(-1), lead, 1)
     sample = _Sample(table.shape[0], table.shape[2], rows, shift.to(scores.device))
-    table = _upcast(sample.of_rows(table))
+    table = upcast(sample.of_rows(table))
     table = table.masked_fill(table <= MASKED_BIAS, -math.inf)
     return Rows(table if counted is None else table.masked_fill(~sample.of_rows(counted), -math.inf))
 

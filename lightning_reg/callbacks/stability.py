@@ -35,7 +35,8 @@ from lightning_reg.callbacks.recording import (
 from lightning_reg.capture import AttentionCall, Targets
 from lightning_reg.early_warning import EarlyWarning
 from lightning_reg.engine import Engine
-from lightning_reg.functional.attention_entropy import HIDDEN_SCORE, normalize_entropy, scores_tap
+from lightning_reg.functional._scores import HIDDEN_SCORE
+from lightning_reg.functional.attention_entropy import normalize_entropy, scores_tap
 from lightning_reg.functional.attention_logits import max_attention_logit_from_scores
 from lightning_reg.functional.attention_support import attention_support, effective_keys, largest_weight
 from lightning_reg.functional.entropy_floor import entropy_floor_from_scores

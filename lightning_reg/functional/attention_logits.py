@@ -45,17 +45,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_reg.functional.attention_entropy import (
+from lightning_reg.functional._scores import (
     HIDDEN_SCORE,
     MASKED_BIAS,
+    Scores,
+    cut,
+    exact_dtype,
+    full_precision,
+    upcast,
+)
+from lightning_reg.functional.attention_entropy import (
     _check_floating,
     _check_mask,
     _check_query_key,
-    _cut,
-    _exact_dtype,
-    _full_precision,
-    _Scores,
-    _upcast,
     _visible_to_queries,
 )
 
@@ -152,8 +154,8 @@ def logit_rows_from_scores(
         hidden = hidden | ~_check_mask(mask, scores.shape)
     visible = (~hidden).sum(dim)
     if not scores.shape[dim]:
-        return visible.to(_exact_dtype(scores)), visible
-    return _row(_upcast(scores), hidden, statistic, dim), visible
+        return visible.to(exact_dtype(scores)), visible
+    return _row(upcast(scores), hidden, statistic, dim), visible
 
 
 class _LogitRows(torch.autograd.Function):
@@ -187,16 +189,16 @@ class _LogitRows(torch.autograd.Function):
         return for_query.to(query.dtype), for_key.to(key.dtype), for_bias, None, None, None, None
 
 
-class _Logits(_Scores):
+class _Logits(Scores):
     """Attention scores in blocks, of which each row leaves one number. Letters as in its base."""
 
     def rows(self, statistic: Statistic) -> Tensor:
         """``m`` or ``z`` of every row, (batch, heads, queries)."""
-        rows = self.query.new_zeros(self.query.shape[:3], dtype=_exact_dtype(self.query))
+        rows = self.query.new_zeros(self.query.shape[:3], dtype=exact_dtype(self.query))
         if self.key.shape[2]:
-            with _full_precision(self.query):
-                for block, q, k in self._blocks():
-                    _cut(rows, block).copy_(_row(*self._logits(block, q, k), statistic, -1))
+            with full_precision(self.query):
+                for block, q, k in self.blocks():
+                    cut(rows, block).copy_(_row(*self.logits(block, q, k), statistic, -1))
         return rows.reshape(self.shapes[0][:-1])
 
     def pulls(
@@ -207,14 +209,14 @@ class _Logits(_Scores):
         for_query, for_key = (torch.zeros_like(tensor, dtype=grad.dtype) for tensor in (self.query, self.key))
         for_bias = torch.zeros_like(self.bias, dtype=grad.dtype) if with_bias and self.bias is not None else None
         if self.key.shape[2]:
-            with _full_precision(self.query):
-                for block, q, k in self._blocks():
-                    push = _slope(*self._logits(block, q, k), _cut(rows, block), statistic) * _cut(grad, block)
+            with full_precision(self.query):
+                for block, q, k in self.blocks():
+                    push = _slope(*self.logits(block, q, k), cut(rows, block), statistic) * cut(grad, block)
                     if for_bias is not None:
-                        part = _cut(for_bias, block)
+                        part = cut(for_bias, block)
                         part.add_(push.sum_to_size(part.shape))
                     push = (push * self.scale).reshape(*q.shape[:3], k.shape[2])
-                    part = _cut(for_query, block)
+                    part = cut(for_query, block)
                     part.copy_((push @ k).reshape(part.shape))
                     for_key[block[0]].add_(push.transpose(-1, -2) @ q)
         return for_query.reshape(self.shapes[0]), for_key.reshape(self.shapes[1]), self._as_given(for_bias)

@@ -18,8 +18,9 @@ Where it acts
 Default and why
     Weight 1e-4, at which the term is about 1e-4 * 120 of a loss of 10 at the start of a vocabulary of 50k.
 Cost
-    One pass forward and one backward, in chunks of about ``BLOCK_SCORES`` numbers and in float32 (float64 stays). Keeps
-    the logits and one number of each position; a loss that upcasts logits in half precision would have freed them.
+    One pass forward and one backward, in float32 (float64 stays): on a GPU by one kernel each, elsewhere in chunks of
+    about ``BLOCK_SCORES`` numbers. Keeps the logits and one number of each position; a loss that upcasts logits in half
+    precision would have freed them.
 When it hurts
     A model that must say how sure it is by the size of its logits (energy-based, some contrastive losses). Large
     weights slow the start, where z is log(classes). It
@@ -37,8 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_reg.functional._scores import BLOCK_SCORES, LARGE_BLOCKS
 from lightning_reg.functional._tokens import at_least_one, check_token_mask, upcast
-from lightning_reg.functional.attention_entropy import BLOCK_SCORES, LARGE_BLOCKS
+from lightning_reg.kernels import operator
 
 
 def z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -104,11 +106,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x`` (..., classes) and z (...)."""
-        flat = x.reshape(-1, x.shape[-1])
-        z = upcast(flat[:, 0]).clone()
-        for part in row_chunks(flat):
-            z[part] = upcast(flat[part]).logsumexp(-1)
-        z = z.reshape(x.shape[:-1])
+        z = _log_sum_exp(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
         ctx.save_for_backward(x, z)
         ctx.set_materialize_grads(False)
         return x.view_as(x), z
@@ -119,12 +117,33 @@ class _LogSumExp(torch.autograd.Function):
         x, z = ctx.saved_tensors
         if grad_z is None:
             return grad
-        flat, z, grad_z = x.reshape(-1, x.shape[-1]), z.reshape(-1, 1), grad_z.reshape(-1, 1)
-        total = torch.empty_like(flat)
-        for part in row_chunks(flat):
-            pull = (upcast(flat[part]) - z[part]).exp() * grad_z[part]
-            total[part] = joined(pull, grad_z[part], grad, part)
-        return total.reshape(x.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        grad = None if grad is None else grad.reshape(flat.shape)
+        # a kernel knows nothing of its own derivative
+        gradient = _gradient if torch.is_grad_enabled() else _fast_gradient
+        return gradient(flat, z.reshape(-1), grad_z.reshape(-1), grad).reshape(x.shape)
+
+
+@operator("z_loss.forward", inline=True)
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """Z (positions,) of logits (positions, classes)."""
+    z = upcast(x[:, 0]).clone()
+    for part in row_chunks(x):
+        z[part] = upcast(x[part]).logsumexp(-1)
+    return z
+
+
+def _gradient(x: Tensor, z: Tensor, grad_z: Tensor, grad: Tensor | None) -> Tensor:
+    """``grad + grad_z * softmax(x)``, (positions, classes)."""
+    z, grad_z = z.unsqueeze(1), grad_z.unsqueeze(1)
+    total = torch.empty_like(x)
+    for part in row_chunks(x):
+        pull = (upcast(x[part]) - z[part]).exp() * grad_z[part]
+        total[part] = joined(pull, grad_z[part], grad, part)
+    return total
+
+
+_fast_gradient = operator("z_loss.backward", inline=True)(_gradient)
 
 
 def row_chunks(flat: Tensor) -> Iterator[slice]:
@@ -141,7 +160,7 @@ def joined(pull: Tensor, grad_row: Tensor, grad: Tensor | None, part: slice) -> 
     Positions that do not count get nothing from us, whatever is in them.
     """
     pull = pull.masked_fill(grad_row == 0, 0.0)
-    return pull if grad is None else pull + grad.reshape(-1, pull.shape[-1])[part]
+    return pull if grad is None else pull + grad[part]
 
 
 def valid_or_zero(rows: Tensor, mask: Tensor | None) -> Tensor:

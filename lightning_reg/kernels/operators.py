@@ -63,7 +63,7 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
         def call(*args: Any) -> Any:
             if not torch.compiler.is_compiling():
                 return run(*args)
-            if inline or not _first(args).is_cuda:
+            if inline or unavailable(_first(args)) is not None:
                 return eager(*args)
             return custom(*args)
 
@@ -73,7 +73,7 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
 
 
 def unavailable(tensor: Tensor) -> str | None:
-    """Why no kernel can run on the device of ``tensor``; None when one can, and an empty text where none is meant to."""
+    """Why no kernel can run on the device of ``tensor``; None when one can, an empty text where none is meant to."""
     if _off:
         return ""
     if not tensor.is_cuda:
@@ -107,7 +107,7 @@ def interpreted() -> Iterator[None]:
 
 def warn_once(text: str) -> None:
     """Warn of a fallback the first time it is taken."""
-    if text not in _warned and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=3)
 
@@ -131,8 +131,13 @@ def _load(kernel: str) -> Callable:
     return getattr(import_module(f"lightning_reg.kernels.{module}"), function)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _missing(device: int) -> str | None:
+    return _missing_on(device)
+
+
+@cache
+def _missing_on(device: int) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed: `pip install triton`"
     capability = torch.cuda.get_device_capability(device)

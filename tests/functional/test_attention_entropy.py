@@ -21,7 +21,7 @@ from lightning_reg.functional import (
 from lightning_reg.functional.attention_entropy import entropy_tap, normalize_entropy, scores_tap
 
 # the package exports a function of the module's name
-module = sys.modules["lightning_reg.functional.attention_entropy"]
+module = sys.modules["lightning_reg.functional._scores"]
 
 LOG2, LOG3 = math.log(2), math.log(3)
 # a fair coin and a biased one: H(1/2, 1/4, 1/4) = 1.5 log 2

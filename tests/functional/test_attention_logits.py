@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_reg.functional import max_attention_logit, max_attention_logit_from_scores
 from lightning_reg.functional.attention_logits import logit_rows, logit_rows_from_scores
 
-blocks = sys.modules["lightning_reg.functional.attention_entropy"]
+blocks = sys.modules["lightning_reg.functional._scores"]
 STATISTICS = ("max", "logsumexp")
 
 
