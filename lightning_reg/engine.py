@@ -24,7 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_reg import capture
-from lightning_reg.functional.attention_entropy import MASKED_BIAS, attention_tap, entropy_tap, scores_tap
+from lightning_reg.functional._scores import MASKED_BIAS, sampled_rows, shift_of
+from lightning_reg.functional.attention_entropy import attention_path, attention_tap, entropy_tap, scores_tap
 
 if TYPE_CHECKING:
     from lightning_reg.callbacks.observer import Observer
@@ -116,6 +117,7 @@ class Engine:
         self.gradient = torch.zeros(())
         self.totals: dict[str, tuple[Tensor, Tensor]] = {}  # last (value, weighted penalty) by regularizer
         self.layers: dict[str, dict[str, Tensor]] = {}  # last value by regularizer and site
+        self.shift = torch.zeros(())  # in [0, 1): where the sampled queries of this batch lie
         self._handles: list[Any] = []
         self._wrapped: dict[str, Any] = {}
         self._announced = False
@@ -171,7 +173,7 @@ class Engine:
         tap = Tap(site, regularizer)
         taps = site.taps(regularizer.role)
         taps.append(tap)
-        taps.sort(key=lambda tap: tap.regularizer.top_k or 0)
+        taps.sort(key=lambda tap: _entropy_kind(tap.regularizer))
         return tap
 
     def close(self) -> None:
@@ -202,6 +204,7 @@ class Engine:
 
         @wraps(training_step)
         def step(*args: Any, **kwargs: Any) -> Any:
+            self.move(pl_module.trainer.fit_loop.epoch_loop.total_batch_idx)
             self.begin(args[0] if args else kwargs.get("batch"))
             try:
                 output = training_step(*args, **kwargs)
@@ -255,6 +258,12 @@ class Engine:
                 tap.awake = awake and not tap.dropped
         self.arm()
         self.collecting = True
+
+    def move(self, number: int) -> None:
+        """Look at other queries, where not all are; those of a batch must stay until its backward is over."""
+        if any(regularizer.query_fraction < 1 for regularizer in self.taps):
+            device = next((parameter.device for parameter in self.model.parameters()), self.shift.device)
+            self.shift = self.shift.to(device).fill_(shift_of(number))
 
     def join(self, loss: Tensor) -> Tensor:
         """``loss`` plus every weighted penalty collected since the last join.
@@ -347,7 +356,7 @@ class Engine:
         mode = self._mode()
         self._note_compiling()
         awake = mode is not Mode.SKIP and site.awake
-        groups = list(_by_top_k(site.attention)) if awake else []
+        groups = list(_by_entropy(site.attention)) if awake else []
         if awake:
             query, key = capture.broadcast_leading(query, key, enable_gqa)
             query = self._see_call(mode, site, query, key=key, attn_mask=attn_mask, **arguments)
@@ -358,22 +367,26 @@ class Engine:
             live = any(tap.live for tap in taps)
             if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
                 continue
-            top_k = taps[0].regularizer.top_k
-            if taps is last:
+            top_k, fraction = taps[0].regularizer.top_k, taps[0].regularizer.query_fraction
+            rows = None if fraction == 1 else sampled_rows(query.shape[-2], fraction, self.shift.to(query.device))
+            if taps is last and rows is None:
+                path = attention_path(query, key, value, attn_mask, dropout_p, is_causal, top_k)
                 output, entropy, visible = attention_tap(
                     query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k,
                     attention=capture.plain_attention, **arguments,
                 )  # fmt: skip
                 (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid)
             else:
+                path = attention_path(query, key, None, attn_mask, 0.0, is_causal, top_k, positions=rows)
                 with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-                    q, k, m, entropy, visible = entropy_tap(query, key, attn_mask, top_k=top_k, **arguments)
+                    q, k, m, entropy, visible = entropy_tap(query, key, attn_mask, top_k=top_k, rows=rows, **arguments)
                 if live:
                     query, key, attn_mask = q, k, m
-                (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid)
-            if not torch.compiler.is_compiling() and not taps[0].shape:
-                for tap in taps:
-                    tap.shape, tap.method = f"{_sizes(query)} x {_sizes(key)}", "scaled_dot_product_attention"
+                (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid, rows)
+            for tap in taps:
+                tap.method = f"scaled_dot_product_attention, {path}"  # written, never read here
+                if not torch.compiler.is_compiling() and not tap.shape:
+                    tap.shape = f"{_sizes(query)} x {_sizes(key)}"
         if output is None:
             output = capture.plain_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **arguments)
         return output
@@ -391,7 +404,7 @@ class Engine:
         valid = capture.padding_free(scores.detach() > MASKED_BIAS, scores.shape[-1]) if square else None
         probs: Tensor | None = None
         # the live ones last: the model goes on with the probabilities of the last, joined to its entropy
-        for taps in sorted(_by_top_k(site.attention), key=lambda taps: any(tap.live for tap in taps)):
+        for taps in sorted(_by_entropy(site.attention), key=lambda taps: any(tap.live for tap in taps)):
             live = any(tap.live for tap in taps)
             if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
                 continue
@@ -460,13 +473,13 @@ class Engine:
 
     def _see_entropy(
         self, mode: Mode, taps: list[Tap], tensors: tuple[Tensor, ...], entropy: Tensor, visible: Tensor | int,
-        valid: Tensor | None,
+        valid: Tensor | None, looked_at: Tensor | None = None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         for tap in taps:
             if not tap.live and (mode is Mode.REPEAT or not tap.awake):
                 continue
             rows = entropy if tap.live else entropy.detach()
-            counted = capture.and_tokens(valid, tap.mask, rows)
+            counted = capture.and_tokens(_at(valid, looked_at), _at(tap.mask, looked_at), rows)
             where = {"site": tap.site.label} if tap.regularizer.per_site else {}
             penalty, value = tap.regularizer.see_attention(rows, visible, counted, **where)
             tensors = self._record(mode, tap, tensors, penalty if tap.live else None, value)
@@ -580,6 +593,7 @@ class regularize:
             self.__exit__(None, None, None)
             raise
         self._optimizer_hook = register_optimizer_step_post_hook(self._count)
+        Engine.of(self.model).move(self.step)
         self._begin()
         return self
 
@@ -629,16 +643,26 @@ class regularize:
             self.step += 1
             for callback in self.callbacks:
                 callback.after_step(self.model)
+            Engine.of(self.model).move(self.step)
             self._begin()
 
 
-def _by_top_k(taps: list[Tap]) -> Iterator[list[Tap]]:
+def _entropy_kind(regularizer: "Observer") -> tuple[int, float]:
+    return regularizer.top_k or 0, regularizer.query_fraction
+
+
+def _by_entropy(taps: list[Tap]) -> Iterator[list[Tap]]:
     """Taps that share one entropy."""
     start = 0
     for end in range(1, len(taps) + 1):
-        if end == len(taps) or taps[end].regularizer.top_k != taps[start].regularizer.top_k:
+        if end == len(taps) or _entropy_kind(taps[end].regularizer) != _entropy_kind(taps[start].regularizer):
             yield taps[start:end]
             start = end
+
+
+def _at(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Entries of the last axis, unless it is broadcast."""
+    return tensor if tensor is None or rows is None or tensor.shape[-1] == 1 else tensor.index_select(-1, rows)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

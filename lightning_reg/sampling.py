@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg import capture
-from lightning_reg.functional._scores import MASKED_BIAS, as_bhmd, full_precision, upcast
-
-GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill [0, 1) evenly
+from lightning_reg.functional._scores import GOLDEN, MASKED_BIAS, as_bhmd, full_precision, upcast
 
 
 @dataclass(frozen=True)
@@ -29,11 +27,6 @@ class Rows:
     scores: Tensor
     query_norms: Tensor | None = None
     key_norms: Tensor | None = None
-
-
-def shift_of(step: int) -> float:
-    """Where in [0, 1) the rows of a step lie within their strata."""
-    return (step + 1) * GOLDEN % 1
 
 
 def sample_rows(call: capture.AttentionCall, rows: int, shift: Tensor, tokens: Tensor | None = None) -> Rows:

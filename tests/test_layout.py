@@ -28,7 +28,7 @@ SHARED = {
         "surgery",
     },
     "losses": set(),
-    "kernels": {"operators"},
+    "kernels": {"operators", "reduction", "short_attention", "vocabulary"},
 }
 # who may import whom: never back
 LAYERS = {

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.capture import AttentionCall
-from lightning_reg.sampling import sample_positions, sample_rows, shift_of
+from lightning_reg.functional._scores import shift_of
+from lightning_reg.sampling import sample_positions, sample_rows
 
 ZERO = torch.zeros(())
 

@@ -39,6 +39,8 @@ class AttentionEntropyRegularizer(Regularizer):
         bound: Threshold of ``floor``, ``ceiling`` and ``target``; a pair for ``band``.
         level: Where a non-linear objective applies: to each ``query``, ``head`` mean or ``site`` mean.
         top_k: Entropy of the ``top_k`` largest scores only.
+        query_fraction: Share of the queries that is looked at, in (0, 1]: evenly spread, others in each batch, each as
+            often as another, at that share of the cost. Where the model calls torch's attention; elsewhere all are.
         targets: The modules in whose forward the attention is computed, or any of their parents; all when left out.
         schedule: Factor on ``weight`` over the training.
         layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
@@ -69,6 +71,7 @@ class AttentionEntropyRegularizer(Regularizer):
         mask: Mask = None,
         allow_unused: bool = False,
         name: str = "attention_entropy",
+        query_fraction: float = 1.0,
         adapter: str | MilAdapter | None = None,
     ) -> None:
         super().__init__(
@@ -81,6 +84,12 @@ class AttentionEntropyRegularizer(Regularizer):
             name=name,
         )
         self.loss = AttentionEntropyLoss(objective, normalize=normalize, bound=bound, level=level, top_k=top_k)
+        self.query_fraction = check_fraction(query_fraction)
+        if self.query_fraction < 1 and adapter is not None:
+            raise ValueError(
+                f"`query_fraction={query_fraction}` has no meaning with `adapter`, whose attention the model has "
+                "computed already; leave it out."
+            )
         self.top_k, self.raises_value = top_k, objective in ("maximize", "floor")
         self.adapter = None if adapter is None else as_adapter(adapter)
         self.role = "attention" if self.adapter is None else "module"
@@ -141,6 +150,13 @@ class AttentionEntropyRegularizer(Regularizer):
             "objective": loss.objective, "normalize": loss.normalize, "bound": bound, "level": loss.level,
             "top_k": loss.top_k, "adapter": None if self.adapter is None else self.adapter.describe(),
         }  # fmt: skip
+
+
+def check_fraction(fraction: float) -> float:
+    """Return ``query_fraction`` or raise a ValueError."""
+    if isinstance(fraction, bool) or not 0 < fraction <= 1:
+        raise ValueError(f"`query_fraction` must be in (0, 1], got {fraction!r}; 1/8 looks at every eighth query.")
+    return float(fraction)
 
 
 def find_mil_models(targets: Targets, model: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ class Observer:
 
     name, role = "", ""
     top_k: int | None = None
+    query_fraction = 1.0  # share of an attention's rows that are looked at
     mask: Mask = None
     allow_unused = False
     penalizes = False

@@ -35,14 +35,14 @@ from lightning_reg.callbacks.recording import (
 from lightning_reg.capture import AttentionCall, Targets
 from lightning_reg.early_warning import EarlyWarning
 from lightning_reg.engine import Engine
-from lightning_reg.functional._scores import HIDDEN_SCORE
+from lightning_reg.functional._scores import HIDDEN_SCORE, shift_of
 from lightning_reg.functional.attention_entropy import normalize_entropy, scores_tap
 from lightning_reg.functional.attention_logits import max_attention_logit_from_scores
 from lightning_reg.functional.attention_support import attention_support, effective_keys, largest_weight
 from lightning_reg.functional.entropy_floor import entropy_floor_from_scores
 from lightning_reg.functional.gradient_rms import gradient_rms
 from lightning_reg.functional.massive_activations import magnitudes
-from lightning_reg.sampling import sample_positions, sample_rows, shift_of
+from lightning_reg.sampling import sample_positions, sample_rows
 from lightning_reg.spectra import Weights
 
 ATTENTION, LOGITS, MASSIVE, WEIGHTS, GRADIENTS = "attention", "logits", "massive_activations", "weights", "gradient_rms"

@@ -1,5 +1,6 @@
 """Attention scores in blocks: the arithmetic that quantities of attention share, in memory linear in the tokens."""
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 MASKED_BIAS = -5e3  # half the smallest fill in common use, which comes added to a score; ALiBi this low is 0 anyway
 HIDDEN_SCORE = -1e30  # probability 0 and, unlike with -inf, no NaN in 0 * log(0), also when differentiated twice
 BLOCK_SCORES = 2**17  # scores held at a time: 512 KiB in float32, which stay in a CPU's cache
+GOLDEN = (math.sqrt(5) - 1) / 2
 LARGE_BLOCKS = 128  # times as many on an accelerator, where launches cost, and in compiled code, which unrolls blocks
 
 Block = tuple[slice, slice]  # of batch and queries
@@ -174,6 +176,24 @@ def seen_by_position(positions: Tensor, keys: int, is_causal: bool, window: int 
         return distance >= 0
     near = distance < window
     return near & (distance >= 0) if is_causal else near & (distance > -window)
+
+
+def sampled_rows(rows: int, fraction: float, shift: Tensor) -> Tensor:
+    """About ``fraction`` of so many rows, evenly spread and turned by ``shift`` in [0, 1), each as likely as another.
+
+    A tensor turns them, so that compiled code need not be compiled for each step.
+
+    Returns:
+        (sampled,) indices; not ascending where the turn wraps.
+    """
+    count = min(rows, max(1, round(rows * fraction)))
+    spread = torch.arange(count, device=shift.device) * rows // max(1, count)
+    return (spread + (shift * rows).long()) % max(1, rows)
+
+
+def shift_of(step: int) -> float:
+    """Where in [0, 1) the sampled rows of a step lie: multiples of the golden ratio fill it evenly."""
+    return (step + 1) * GOLDEN % 1
 
 
 def full_precision(tensor: Tensor) -> Any:

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_reg.functional._fusing import activate, differentiable, producer, through
 from lightning_reg.functional._tokens import (
     at_least_one,
     check_activations,
@@ -40,6 +41,7 @@ from lightning_reg.functional._tokens import (
     valid_count,
     valid_sum,
 )
+from lightning_reg.kernels import operator
 
 SMALLEST_EPSILON = (
     1e-30  # keeps 1 / epsilon, times a loss scale, finite in float32; an all-zero input has no other scale
@@ -75,7 +77,9 @@ def density_tap(
 ) -> tuple[Tensor, Tensor]:
     """``x`` unchanged, and its density joined to the same autograd node. Arguments as ``activation_density``."""
     check_epsilon(epsilon)
-    return _Density.apply(check_activations(x), check_token_mask(mask, x), epsilon, relative)
+    mask = check_token_mask(mask, check_activations(x))
+    activation, sources = producer(x)
+    return _Density.apply(x.detach() if sources else x, mask, epsilon, relative, activation, *sources)
 
 
 def exact_density(
@@ -187,35 +191,64 @@ def is_active(x: Tensor, *, threshold: float = 0.0, relative: float | None = Non
 
 
 class _Density(torch.autograd.Function):
-    """One node for the value and its density, so that one pass writes ``grad + grad_density * phi'(x) / count``."""
+    """One node for the value and its density, so that one pass writes ``grad + grad_density * phi'(x) / count``.
+
+    With the ``sources`` of x, that pass goes on through the activation function that made x of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, epsilon: float, relative: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, epsilon: float, relative: bool, activation: str, *sources: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return ``x`` and its density."""
-        exact, valid = upcast(x), valid_count(x, mask)
-        inverse: float | Tensor = 1 / max(epsilon, SMALLEST_EPSILON)
-        if relative:
-            square = valid_sum(exact.square(), mask) / at_least_one(valid)
-            inverse = square.mul_(epsilon).clamp_min_(SMALLEST_EPSILON).reciprocal_()
-        ctx.save_for_backward(x, mask, inverse if relative else None)
-        ctx.inverse = None if relative else inverse
+        inverse = _relative_inverse(x, mask, epsilon) if relative else None
+        ctx.save_for_backward(mask, inverse, *(sources or (x,)))
+        ctx.fixed, ctx.activation = 1 / max(epsilon, SMALLEST_EPSILON), activation
         ctx.set_materialize_grads(False)
-        zeros = valid_sum(_spread(exact, inverse).reciprocal_(), mask)
-        return x.view_as(x), (valid - zeros) / at_least_one(valid)
+        return x.view_as(x), _density(x, mask, inverse, ctx.fixed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_density: Tensor | None) -> tuple[Tensor | None, ...]:
         """Add ``grad_density * 2 x / (epsilon (1 + x^2 / epsilon)^2) / count`` to the gradient of ``x``."""
-        x, mask, inverse = ctx.saved_tensors
-        if grad_density is not None:
-            inverse = ctx.inverse if inverse is None else inverse
-            exact = upcast(x)
-            slope = _spread(exact, inverse).pow_(-2).mul_(exact)
-            if mask is not None:
-                slope.masked_fill_(~mask, 0.0)
-            strength = grad_density * (2 * inverse / at_least_one(valid_count(x, mask)))
-            grad = slope.mul_(strength).to(x.dtype) if grad is None else grad.addcmul(slope, strength).to(grad.dtype)
-        return grad, None, None, None
+        mask, inverse, *sources = ctx.saved_tensors
+        if grad_density is None:
+            grads = through(ctx.activation, grad, sources)
+        else:
+            double = 2 * (ctx.fixed if inverse is None else inverse)
+            strength = grad_density * (double / at_least_one(valid_count(sources[0], mask)))
+            add = differentiable(_add_gradient)
+            grads = add(grad, sources, ctx.activation, mask, inverse, ctx.fixed, strength)
+        return (None, None, None, None, None, *grads) if ctx.activation else (*grads, None, None, None, None)
+
+
+@operator("activation_density.density", inline=True)
+def _density(x: Tensor, mask: Tensor | None, inverse: Tensor | None, fixed: float) -> Tensor:
+    """Density of ``x``; 1 / epsilon is ``inverse``, or ``fixed``."""
+    valid = valid_count(x, mask)
+    zeros = valid_sum(_spread(upcast(x), fixed if inverse is None else inverse).reciprocal_(), mask)
+    return (valid - zeros) / at_least_one(valid)
+
+
+@operator("activation_density.relative_inverse", inline=True)
+def _relative_inverse(x: Tensor, mask: Tensor | None, epsilon: float) -> Tensor:
+    """1 / (epsilon times the mean square)."""
+    square = valid_sum(upcast(x).square(), mask) / at_least_one(valid_count(x, mask))
+    return square.mul_(epsilon).clamp_min_(SMALLEST_EPSILON).reciprocal_()
+
+
+@operator("activation_density.add_gradient", inline=True)
+def _add_gradient(
+    grad: Tensor | None, sources: list[Tensor], activation: str, mask: Tensor | None, inverse: Tensor | None,
+    fixed: float, strength: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of ``sources``, of which ``activation`` makes x: ``grad + strength x / (1 + x^2 / epsilon)^2``."""
+    x = activate(activation, sources)
+    exact = upcast(x)
+    slope = _spread(exact, fixed if inverse is None else inverse).pow_(-2).mul_(exact)
+    if mask is not None:
+        slope.masked_fill_(~mask, 0.0)
+    total = slope.mul_(strength).to(x.dtype) if grad is None else grad.addcmul(slope, strength).to(grad.dtype)
+    return through(activation, total, sources)
 
 
 def _spread(x: Tensor, inverse: float | Tensor) -> Tensor:

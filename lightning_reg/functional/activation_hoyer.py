@@ -33,8 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_reg.functional._fusing import activate, differentiable, producer, through
 from lightning_reg.functional._tokens import at_least_one, check_activations, check_token_mask, upcast, valid_sum
 from lightning_reg.functional.activation_l1 import above, check_floor
+from lightning_reg.kernels import operator
 
 
 def activation_hoyer(x: Tensor, *, mask: Tensor | None = None, floor: float | None = None) -> Tensor:
@@ -60,46 +62,68 @@ def activation_hoyer(x: Tensor, *, mask: Tensor | None = None, floor: float | No
 
 def hoyer_tap(x: Tensor, *, mask: Tensor | None = None, floor: float | None = None) -> tuple[Tensor, Tensor]:
     """``x`` unchanged, and its Hoyer-square joined to the same autograd node. Arguments as ``activation_hoyer``."""
-    return _Hoyer.apply(check_activations(x), check_token_mask(mask, x), check_floor(floor))
+    mask = check_token_mask(mask, check_activations(x))
+    activation, sources = producer(x)
+    return _Hoyer.apply(x.detach() if sources else x, mask, check_floor(floor), activation, *sources)
 
 
 class _Hoyer(torch.autograd.Function):
-    """One node for the value and its Hoyer-square."""
+    """One node for the value and its Hoyer-square.
+
+    With the ``sources`` of x, its backward goes on through the activation function that made x of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, floor: float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, floor: float | None, activation: str, *sources: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return ``x`` and its Hoyer-square."""
-        ctx.save_for_backward(x, mask)
-        ctx.floor = floor
+        unit, l1, square = _norms(x, floor)
+        ctx.save_for_backward(mask, unit, l1, square, *(sources or (x,)))
+        ctx.floor, ctx.activation = floor, activation
         ctx.set_materialize_grads(False)
-        _, _, l1, square = _norms(x, floor)
         return x.view_as(x), valid_sum(l1.square() / (square * max(1, x.shape[-1])), mask) / _tokens(x, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_hoyer: Tensor | None) -> tuple[Tensor | None, ...]:
         """Add the gradient of the Hoyer-square to that of ``x``."""
-        x, mask = ctx.saved_tensors
-        if grad_hoyer is not None:
-            unit, scaled, l1, square = _norms(x, ctx.floor)
-            strength = grad_hoyer * 2 / (_tokens(x, mask) * max(1, x.shape[-1]))
+        mask, unit, l1, square, *sources = ctx.saved_tensors
+        if grad_hoyer is None:
+            grads = through(ctx.activation, grad, sources)
+        else:
+            if torch.is_grad_enabled():  # of these too
+                unit, l1, square = differentiable(_norms)(activate(ctx.activation, sources), ctx.floor)
+            strength = grad_hoyer * 2 / (_tokens(sources[0], mask) * max(1, sources[0].shape[-1]))
             per_token = strength * l1 / (square * unit)
             if mask is not None:
                 per_token = per_token.masked_fill(~mask, 0.0)
-            pull = (scaled.sign() - scaled * (l1 / square)) * per_token
-            # where nothing but the sign is left of a number too small to be squared, and in padding
-            pull = pull.masked_fill(per_token == 0, 0.0)
-            grad = (pull if grad is None else grad + pull).to(x.dtype)
-        return grad, None, None
+            add = differentiable(_add_gradient)
+            grads = add(grad, sources, ctx.activation, ctx.floor, unit, l1 / square, per_token)
+        return (None, None, None, None, *grads) if ctx.activation else (*grads, None, None, None)
 
 
-def _norms(x: Tensor, floor: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(unit, x / unit, L1, L2 squared)`` of each token, in units of its largest magnitude: nothing overflows."""
+@operator("activation_hoyer.norms", inline=True)
+def _norms(x: Tensor, floor: float | None) -> list[Tensor]:
+    """``[unit, L1, L2 squared]`` of each token, in units of its largest magnitude: nothing overflows."""
     exact = above(upcast(x), floor)
     unit = exact.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else exact.new_ones(*x.shape[:-1], 1)
     unit = torch.where(unit == 0, 1.0, unit)
     scaled = exact / unit
     square = scaled.square().sum(-1, keepdim=True)
-    return unit, scaled, scaled.abs().sum(-1, keepdim=True), torch.where(square == 0, 1.0, square)
+    return [unit, scaled.abs().sum(-1, keepdim=True), torch.where(square == 0, 1.0, square)]
+
+
+@operator("activation_hoyer.add_gradient", inline=True)
+def _add_gradient(
+    grad: Tensor | None, sources: list[Tensor], activation: str, floor: float | None, unit: Tensor, ratio: Tensor,
+    per_token: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of ``sources``, of which ``activation`` makes x, with ``ratio`` L1 / L2 squared of each token."""
+    x = activate(activation, sources)
+    scaled = above(upcast(x), floor) / unit
+    # where nothing but the sign is left of a number too small to be squared, and in padding
+    pull = ((scaled.sign() - scaled * ratio) * per_token).masked_fill(per_token == 0, 0.0)
+    return through(activation, (pull if grad is None else grad + pull).to(x.dtype), sources)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> int | Tensor:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_reg.functional._fusing import activate, differentiable, producer, through
 from lightning_reg.functional._tokens import (
     at_least_one,
     check_activations,
@@ -43,6 +44,7 @@ from lightning_reg.functional._tokens import (
     valid_count,
     valid_sum,
 )
+from lightning_reg.kernels import operator
 
 TINY = 1e-30  # an all-zero input has no root mean square to be measured in
 
@@ -77,38 +79,63 @@ def l1_tap(
     x: Tensor, *, mask: Tensor | None = None, relative: bool = False, floor: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """``x`` unchanged, and its L1 joined to the same autograd node. Arguments as ``activation_l1``."""
-    return _L1.apply(check_activations(x), check_token_mask(mask, x), relative, check_floor(floor))
+    mask = check_token_mask(mask, check_activations(x))
+    activation, sources = producer(x)
+    return _L1.apply(x.detach() if sources else x, mask, relative, check_floor(floor), activation, *sources)
 
 
 class _L1(torch.autograd.Function):
-    """One node for the value and its L1, so that one pass writes ``grad + grad_l1 * sign(x) / count``."""
+    """One node for the value and its L1, so that one pass writes ``grad + grad_l1 * sign(x) / count``.
+
+    With the ``sources`` of x, that pass goes on through the activation function that made x of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, relative: bool, floor: float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, relative: bool, floor: float | None, activation: str,
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return ``x`` and its L1."""
-        exact, count = above(upcast(x), floor), at_least_one(valid_count(x, mask))
-        l1, unit = valid_sum(exact.abs(), mask) / count, None
-        if relative:
-            unit = (valid_sum(exact.square(), mask) / count).sqrt().clamp_min(TINY)
-            l1 = l1 / unit
-        ctx.save_for_backward(x, mask, unit)
-        ctx.floor = floor
+        l1, *square = _means(x, mask, floor, relative)
+        unit = square[0].sqrt().clamp_min(TINY) if relative else None
+        ctx.save_for_backward(mask, unit, *(sources or (x,)))
+        ctx.floor, ctx.activation = floor, activation
         ctx.set_materialize_grads(False)
-        return x.view_as(x), l1
+        return x.view_as(x), l1 if unit is None else l1 / unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_l1: Tensor | None) -> tuple[Tensor | None, ...]:
         """Add ``grad_l1 * sign(x) / count`` to the gradient of ``x``."""
-        x, mask, unit = ctx.saved_tensors
-        if grad_l1 is not None:
-            strength = grad_l1 / at_least_one(valid_count(x, mask))
+        mask, unit, *sources = ctx.saved_tensors
+        if grad_l1 is None:
+            grads = through(ctx.activation, grad, sources)
+        else:
+            strength = grad_l1 / at_least_one(valid_count(sources[0], mask))
             strength = strength if unit is None else strength / unit
-            # against the floor in the precision of the forward: rounded to that of x it may change sides
-            sign = x.sign() if ctx.floor is None else above(upcast(x), ctx.floor).sign()
-            sign = sign if mask is None else sign.masked_fill(~mask, 0.0)
-            pull = upcast(sign) * strength
-            grad = (pull if grad is None else grad + pull).to(x.dtype)
-        return grad, None, None, None
+            grads = differentiable(_add_gradient)(grad, sources, ctx.activation, mask, ctx.floor, strength)
+        return (None, None, None, None, None, *grads) if ctx.activation else (*grads, None, None, None, None)
+
+
+@operator("activation_l1.means", inline=True)
+def _means(x: Tensor, mask: Tensor | None, floor: float | None, square: bool) -> list[Tensor]:
+    """Mean magnitude and, with ``square``, mean square of the valid elements."""
+    exact, count = above(upcast(x), floor), at_least_one(valid_count(x, mask))
+    l1 = valid_sum(exact.abs(), mask) / count
+    return [l1, valid_sum(exact.square(), mask) / count] if square else [l1]
+
+
+@operator("activation_l1.add_gradient", inline=True)
+def _add_gradient(
+    grad: Tensor | None, sources: list[Tensor], activation: str, mask: Tensor | None, floor: float | None,
+    strength: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of ``sources``, of which ``activation`` makes x: ``grad + strength * sign(x)``."""
+    x = activate(activation, sources)
+    # against the floor in the precision of the forward: rounded to that of x it may change sides
+    sign = x.sign() if floor is None else above(upcast(x), floor).sign()
+    sign = sign if mask is None else sign.masked_fill(~mask, 0.0)
+    pull = upcast(sign) * strength
+    return through(activation, (pull if grad is None else grad + pull).to(x.dtype), sources)
 
 
 def above(x: Tensor, floor: float | None) -> Tensor:

@@ -251,7 +251,8 @@ def attention_tap(
         return output, entropy, _visible_to_queries(query, key, None, is_causal, None)
     if path == FUSED:
         q, k, v, bias, mask = _four_axes(query, key, value, attn_mask)
-        output, entropy = KernelAttention.apply(q, k, v, bias, mask, positions, scale, is_causal, window)
+        places = _placing(positions, is_causal, window)
+        output, entropy = KernelAttention.apply(q, k, v, bias, mask, places, scale, is_causal, window)
         visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, positions)
         lead = query.shape[:-1]
         return output.reshape(*lead, value.shape[-1]), entropy.reshape(lead), visible
@@ -279,16 +280,27 @@ def entropy_tap(
     top_k: int | None = None,
     window: int | None = None,
     positions: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | int]:
     """Queries, keys and mask unchanged, with the entropy of their attention rows joined to the same autograd node.
 
     Feed the returned tensors to the attention: its gradient and the entropy's meet in one backward. On a GPU under
-    autocast they come in its dtype, as attention takes them.
+    autocast they come in its dtype, as attention takes them. With ``rows`` only these queries are looked at.
 
     Returns:
         ``(query, key, attn_mask, entropy, visible)``, entropy in nats and the number of visible keys, both
         (batch, heads, queries); one number where every query sees as many keys.
     """
+    if rows is not None:
+        query, key = _as_attention_casts(query, key)
+        part = attn_mask
+        if part is not None and part.dim() > 1 and part.shape[-2] > 1:
+            part = part.index_select(-2, rows)
+        _, key, _, entropy, visible = entropy_tap(
+            query.index_select(-2, rows), key, part, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa,
+            top_k=top_k, window=window, positions=rows,
+        )  # fmt: skip
+        return query, key, attn_mask, entropy, visible
     _check_query_key(query, key, attn_mask, enable_gqa)
     _check_window(window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -308,7 +320,9 @@ def entropy_tap(
     if path == TWICE:
         q, k, entropy = TwiceEntropy.apply(q, k, scale, is_causal)
     else:
-        q, k, entropy = KernelEntropy.apply(q, k, bias, mask, positions, scale, is_causal, window)
+        q, k, entropy = KernelEntropy.apply(
+            q, k, bias, mask, _placing(positions, is_causal, window), scale, is_causal, window
+        )
     return q.reshape(query.shape), k.reshape(key.shape), attn_mask, entropy.reshape(query.shape[:-1]), visible
 
 
@@ -327,7 +341,7 @@ def attention_path(
 
     Warns once of each reason for which a GPU takes a slower one.
     """
-    placed = window is not None or positions is not None
+    placed = window is not None or (positions is not None and is_causal)
     if value is not None and not placed and _is_small(query, key, value, attn_mask, dropout_p, top_k):
         return ONE_NODE
     reason = kernels.unavailable(query)
@@ -392,6 +406,11 @@ def _with_band(
     if attn_mask is None:
         return shown
     return shown & attn_mask if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~shown, -math.inf)
+
+
+def _placing(positions: Tensor | None, is_causal: bool, window: int | None) -> Tensor | None:
+    """Positions as kernels take them, where they matter."""
+    return positions.to(torch.int32) if positions is not None and (is_causal or window is not None) else None
 
 
 def _continued(query: Tensor, offset: int) -> Tensor | None:

@@ -20,8 +20,8 @@ Default and why
     Weight 0.1 as in the paper's image and translation models; normalised, so that it does not depend on the number of
     classes: 0.1 in nats is 0.1 log(classes) here.
 Cost
-    One pass forward and one backward, in chunks of about ``BLOCK_SCORES`` numbers and in float32 (float64 stays). Keeps
-    the logits and one number of each position.
+    One pass forward and one backward, in float32 (float64 stays): on a GPU by one kernel each, elsewhere in chunks of
+    about ``BLOCK_SCORES`` numbers. Keeps the logits and one number of each position, on a GPU three.
 When it hurts
     Maximised, it keeps the loss from 0 and costs accuracy where labels are clean; minimised, it makes wrong predictions
     surer, and is minimal when all inputs get one class.
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from lightning_reg.functional._tokens import upcast
 from lightning_reg.functional.z_loss import check_logits, joined, row_chunks
+from lightning_reg.kernels import operator
 
 _LARGEST = 1e4  # a sigmoid is 0 or 1 long before this, and 0 * inf is not reached
 
@@ -74,12 +75,9 @@ class _PredictionEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
         """Return ``x`` (..., classes) and the entropies (...)."""
-        flat = x.reshape(-1, x.shape[-1])
-        entropy = upcast(flat[:, 0]).clone()
-        for part in row_chunks(flat):
-            entropy[part] = (_of_sigmoids if multi_label else _of_softmax)(upcast(flat[part]))
+        entropy, normalizer = _entropies(x.reshape(-1, x.shape[-1]), multi_label)
         entropy = entropy.reshape(x.shape[:-1])
-        ctx.save_for_backward(x, entropy)
+        ctx.save_for_backward(x, entropy, normalizer)
         ctx.multi_label = multi_label
         ctx.set_materialize_grads(False)
         return x.view_as(x), entropy
@@ -87,16 +85,40 @@ class _PredictionEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, None]:
         """Add the gradient of the entropies to that of ``x``."""
-        x, entropy = ctx.saved_tensors
+        x, entropy, normalizer = ctx.saved_tensors
         if grad_entropy is None:
             return grad, None
-        flat, entropy, grad_entropy = x.reshape(-1, x.shape[-1]), entropy.reshape(-1, 1), grad_entropy.reshape(-1, 1)
-        total = torch.empty_like(flat)
-        for part in row_chunks(flat):
-            exact = upcast(flat[part])
-            slope = _sigmoid_slope(exact) if ctx.multi_label else _softmax_slope(exact, entropy[part])
-            total[part] = joined(slope * grad_entropy[part], grad_entropy[part], grad, part)
+        flat = x.reshape(-1, x.shape[-1])
+        grad = None if grad is None else grad.reshape(flat.shape)
+        # a kernel knows nothing of its own derivative
+        gradient = _gradient if torch.is_grad_enabled() else _fast_gradient
+        total = gradient(flat, entropy.reshape(-1), normalizer, grad_entropy.reshape(-1), grad, ctx.multi_label)
         return total.reshape(x.shape), None
+
+
+@operator("prediction_entropy.forward", inline=True)
+def _entropies(x: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Entropies (positions,) of logits (positions, classes), and what a kernel keeps beside them; nothing here."""
+    entropy = upcast(x[:, 0]).clone()
+    for part in row_chunks(x):
+        entropy[part] = (_of_sigmoids if multi_label else _of_softmax)(upcast(x[part]))
+    return entropy, entropy.new_empty(0, 2)
+
+
+def _gradient(
+    x: Tensor, entropy: Tensor, normalizer: Tensor, grad_entropy: Tensor, grad: Tensor | None, multi_label: bool
+) -> Tensor:
+    """``grad`` and the gradient of the entropies, (positions, classes)."""
+    entropy, grad_entropy = entropy.unsqueeze(1), grad_entropy.unsqueeze(1)
+    total = torch.empty_like(x)
+    for part in row_chunks(x):
+        exact = upcast(x[part])
+        slope = _sigmoid_slope(exact) if multi_label else _softmax_slope(exact, entropy[part])
+        total[part] = joined(slope * grad_entropy[part], grad_entropy[part], grad, part)
+    return total
+
+
+_fast_gradient = operator("prediction_entropy.backward", inline=True)(_gradient)
 
 
 def _log_probs(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ Default and why
     ``gain = sigma(W_0)`` preserves the function at the start (safe for fine-tuning); the paper starts at 1.
 Cost
     One matrix-vector product and one pass over W in forward, three passes in backward, one power iteration per
-    optimizer step.
+    optimizer step. The kernels read W twice in forward and once in backward, the second time from the cache, and write
+    the weight in use in the dtype of autocast.
 When it hurts
     Models that need sharp heads; see the evidence in the README. Weight decay on W only changes its effective
     learning rate; on ``gain`` it shrinks the function, so ``gain`` is left out of weight decay by default. In a
@@ -26,12 +27,14 @@ Not together with
     QK-norm on the same projections (it removes their scale already), or another parametrization of the weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_reg.kernels.operators import Unsupported, operator, unavailable, warn_once
 
 GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram matrix is the cheaper exact way
 TINY = 1e-30
@@ -113,12 +116,14 @@ def _orthogonalised(vector: Tensor, basis: list[Tensor]) -> Tensor:
 class PowerIteration:
     """Power iteration of many matrices, in place on their vectors.
 
-    All go through the same few operations, except for their products.
+    All go through the same few operations, on a CUDA device even for their products.
 
     Args:
         matrices: Matrices (rows, columns).
-        u: Left vectors (rows,) in the dtype of their matrix.
-        v: Right vectors (columns,).
+        u: Left vectors (rows,).
+        v: Right vectors (columns,), of one dtype with the left ones.
+        starts: Of sharded matrices, where in ``u`` the rows begin that ``matrices`` holds of each.
+        reduce: For sharded matrices: sums a buffer over all processes, in place. Called once in a step.
 
     Example:
         >>> u, v = torch.zeros(2), torch.ones(2)
@@ -127,20 +132,31 @@ class PowerIteration:
         (tensor([1., 0.]), tensor([1., 0.]))
     """
 
-    def __init__(self, matrices: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-        alike: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for entry in zip(matrices, u, v, strict=True):
-            alike.setdefault((entry[0].device, entry[0].dtype), []).append(entry)
-        self._halves: list[_HalfStep] = []
+    def __init__(
+        self,
+        matrices: Sequence[Tensor],
+        u: Sequence[Tensor],
+        v: Sequence[Tensor],
+        *,
+        starts: Sequence[int] | None = None,
+        reduce: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        alike: dict[Any, list[tuple[Tensor, Tensor, Tensor, int]]] = {}
+        for entry in zip(matrices, u, v, starts or [0] * len(matrices), strict=True):
+            alike.setdefault((entry[1].device, entry[1].dtype), []).append(entry)
+        self._steps: list[_HalfStep | _WholeStep] = []
         for entries in alike.values():
-            group, left, right = (list(column) for column in zip(*entries, strict=True))
-            self._halves += [_HalfStep(group, right, left), _HalfStep([matrix.T for matrix in group], left, right)]
+            group, left, right, first = (list(column) for column in zip(*entries, strict=True))
+            if reduce is not None or unavailable(left[0]) is None:
+                self._steps.append(_WholeStep(group, left, right, first, reduce))
+            else:
+                self._steps += [_HalfStep(group, right, left), _HalfStep([matrix.T for matrix in group], left, right)]
 
     @torch.no_grad()
     def step(self) -> None:
         """One step ``u = W v / |W v|``, ``v = W^T u / |W^T u|``."""
-        for half in self._halves:
-            half()
+        for step in self._steps:
+            step()
 
 
 class _HalfStep:
@@ -153,10 +169,90 @@ class _HalfStep:
         self.owner = torch.arange(len(outputs), device=outputs[0].device).repeat_interleave(self.lengths)
 
     def __call__(self) -> None:
-        flat = torch.cat([torch.mv(*pair) for pair in zip(self.matrices, self.inputs, strict=True)])
+        flat = torch.cat([_product(*pair) for pair in zip(self.matrices, self.inputs, strict=True)])
         squares = torch.segment_reduce(flat.square(), "sum", lengths=self.lengths, unsafe=True)
         flat /= squares.sqrt_().clamp_min_(TINY)[self.owner]
         torch._foreach_copy_(self.outputs, flat.split(self.sizes))
+
+
+class _WholeStep:
+    """``y = W v`` and ``z = W^T y`` of all matrices in one buffer, then ``u = y / |y|`` and ``v = z / |z|``."""
+
+    def __init__(
+        self,
+        matrices: list[Tensor],
+        u: list[Tensor],
+        v: list[Tensor],
+        starts: list[int],
+        reduce: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.matrices, self.inputs, self.outputs, self.reduce = matrices, v, [*u, *v], reduce
+        self.sizes = [len(output) for output in self.outputs]
+        self.lengths = torch.tensor(self.sizes, device=u[0].device)
+        self.owner = torch.arange(len(self.sizes), device=u[0].device).repeat_interleave(self.lengths)
+        self.flat = torch.zeros(sum(self.sizes), dtype=u[0].dtype, device=u[0].device)
+        pieces = self.flat.split(self.sizes)
+        self.left = [y[start : start + len(w)] for y, w, start in zip(pieces, matrices, starts, strict=False)]
+        self.right = pieces[len(u) :]
+        self.kernels = self._kernels()
+
+    def __call__(self) -> None:
+        if self.reduce is not None:
+            self.flat.zero_()  # the rows of other processes
+        self._launch(0, self._products)
+        if self.reduce is not None:
+            self.reduce(self.flat)
+        self._launch(1, self._normalise)
+
+    def _products(self) -> None:
+        for matrix, v, y, z in zip(self.matrices, self.inputs, self.left, self.right, strict=True):
+            y.copy_(_product(matrix, v))
+            z.copy_(_product(matrix.T, y))
+
+    def _normalise(self) -> None:
+        # first to a largest entry of 1: the squares of W^T W v would leave the range of float32
+        for norm in (self._largest, self._norm):
+            self.flat /= norm().clamp_min_(TINY)[self.owner]
+        torch._foreach_copy_(self.outputs, self.flat.split(self.sizes))
+
+    def _largest(self) -> Tensor:
+        return torch.segment_reduce(self.flat.abs(), "max", lengths=self.lengths, unsafe=True)
+
+    def _norm(self) -> Tensor:
+        return torch.segment_reduce(self.flat.square(), "sum", lengths=self.lengths, unsafe=True).sqrt_()
+
+    def _launch(self, stage: int, torch_code: Callable[[], None]) -> None:
+        if self.kernels:
+            try:
+                return self.kernels[stage]()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.kernels = ()
+                _warn_of_torch(f"its kernel failed with {type(error).__name__}: {str(error)[:300]}")
+        torch_code()
+
+    def _kernels(self) -> tuple[Callable[[], None], ...]:
+        reason = unavailable(self.flat)
+        if reason is None:
+            from lightning_reg.kernels import spectral_norm as kernels
+
+            try:
+                products = kernels.Products(self.matrices, self.inputs, self.left, self.right)
+                return products, kernels.Normalise(self.flat, self.sizes, self.outputs)
+            except Unsupported as unsupported:
+                reason = str(unsupported)
+        if reason:
+            _warn_of_torch(reason)
+        return ()
+
+
+def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.mv(matrix.to(vector.dtype), vector)
+
+
+def _warn_of_torch(reason: str) -> None:
+    warn_once(f"lightning_reg computes power iteration in plain torch, which is exact but slower, because {reason}.")
 
 
 def rayleigh(matrices: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -164,7 +260,14 @@ def rayleigh(matrices: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.stack([torch.dot(a, b) for a, b in zip(u.unbind(), _apply(matrices, v).unbind(), strict=True)])
 
 
-def spectral_reparam(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool = False) -> Tensor:
+def spectral_reparam(
+    weight: Tensor,
+    gain: Tensor,
+    u: Tensor,
+    v: Tensor,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """``(gain / sigma) W``, differentiable in ``weight`` and ``gain`` with u and v held fixed.
 
     Args:
@@ -173,11 +276,12 @@ def spectral_reparam(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transpo
         u: Left singular vectors (parts, rows).
         v: Right singular vectors (parts, columns).
         transposed: The output axis is the last one.
+        dtype: Of the result, which is rounded once; that of ``weight`` when left out.
 
     Returns:
-        Shape and dtype of ``weight``.
+        Shape of ``weight``.
     """
-    return _SpectralReparam.apply(weight, gain, u, v, transposed)
+    return _SpectralReparam.apply(weight, gain, u, v, transposed, dtype or weight.dtype)
 
 
 def weight_matrices(weight: Tensor, parts: int = 1, transposed: bool = False) -> Tensor:
@@ -187,51 +291,80 @@ def weight_matrices(weight: Tensor, parts: int = 1, transposed: bool = False) ->
 
 
 class _SpectralReparam(torch.autograd.Function):
-    """Closed-form backward: keeps only W, where autograd would keep W / sigma too.
-
-    Written for few operations: on small layers each costs more than its arithmetic.
-    """
+    """Closed-form backward: keeps only W, where autograd would keep W / sigma too."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool) -> Tensor:
-        with _full_precision(weight):
-            parts = _parts(weight, gain, u, v, transposed)
-            sigmas = [torch.dot(u, torch.mv(matrix, v)) for matrix, _, u, v in parts]
-            factors = [gain / sigma for (_, gain, _, _), sigma in zip(parts, sigmas, strict=True)]
-            ctx.save_for_backward(weight, gain, u, v, *sigmas, *factors)
-            ctx.transposed = transposed
-            return _as_weight(
-                [part[0] * factor for part, factor in zip(parts, factors, strict=True)], weight, transposed
-            )
+    def forward(
+        ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
+    ) -> Tensor:
+        scaled, sigmas, factors = scaled_weight(weight, gain, u, v, transposed, dtype)
+        ctx.save_for_backward(weight, gain, u, v, sigmas, factors)
+        ctx.transposed = transposed
+        return scaled
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, *scalars = ctx.saved_tensors
-        sigmas, factors = scalars[: len(gain)], scalars[len(gain) :]
-        with _full_precision(weight):
-            parts = _parts(weight, gain, u, v, ctx.transposed)
-            if torch.is_grad_enabled():  # a second derivative passes through sigma too
-                sigmas = [torch.dot(u, torch.mv(matrix, v)) for matrix, _, u, v in parts]
-                factors = [gain / sigma for (_, gain, _, _), sigma in zip(parts, sigmas, strict=True)]
-            for_gain, for_weight = [], []
-            grads = _matrices(_exact(grad), len(gain), ctx.transposed)
-            for (matrix, _, u, v), grad, sigma, factor in zip(parts, grads, sigmas, factors, strict=True):
-                for_gain.append(_inner(grad, matrix) / sigma)
-                for_weight.append(torch.addr(grad, u, v * for_gain[-1], alpha=-1.0).mul_(factor))
-            of_gain = for_gain[0].reshape(1) if len(gain) == 1 else torch.stack(for_gain)
-        return _as_weight(for_weight, weight, ctx.transposed), of_gain.to(gain.dtype), None, None, None
+        weight, gain, u, v, sigmas, factors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative passes through sigma too
+            with _full_precision(weight):
+                sigmas, factors = _scales(_parts(weight, gain, u, v, ctx.transposed), gain)
+            gradients = _gradients
+        else:
+            gradients = scaled_weight_gradients
+        return *gradients(grad, weight, gain, u, v, sigmas, factors, ctx.transposed), None, None, None, None
 
 
-def _parts(
-    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """``(W, gain, u, v)`` of each part, in the precision to compute in."""
+@operator("spectral_norm.scaled_weight", inline=True)
+def scaled_weight(
+    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``((gain / sigma) W, sigma, gain / sigma)``: the weight in ``dtype``, the scalars as (parts,).
+
+    Written for few operations, as is its gradient: on small layers each costs more than its arithmetic.
+    """
+    with _full_precision(weight):
+        parts = _parts(weight, gain, u, v, transposed)
+        sigmas, factors = _scales(parts, gain)
+        scaled = [part[0] * factor for part, factor in zip(parts, _each(factors), strict=True)]
+        return _as_weight(scaled, weight, transposed, dtype), sigmas, factors
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, factors: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gain, in their dtypes."""
+    with _full_precision(weight):
+        for_gain, for_weight = [], []
+        parts, grads = _parts(weight, gain, u, v, transposed), _matrices(_exact(grad), len(gain), transposed)
+        for (matrix, u, v), grad, sigma, factor in zip(parts, grads, _each(sigmas), _each(factors), strict=True):
+            for_gain.append(_inner(grad, matrix) / sigma)
+            for_weight.append(torch.addr(grad, u, v * for_gain[-1], alpha=-1.0).mul_(factor))
+        of_gain = for_gain[0] if len(for_gain) == 1 else torch.stack(for_gain)
+        return _as_weight(for_weight, weight, transposed, weight.dtype), of_gain.to(gain.dtype)
+
+
+scaled_weight_gradients = operator("spectral_norm.scaled_weight_gradients", inline=True)(_gradients)
+
+
+def _parts(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """``(W, u, v)`` of each part, in the precision to compute in."""
     matrices = _matrices(_exact(weight), len(gain), transposed)
     if u.dtype != matrices[0].dtype:
         u, v = u.to(matrices[0].dtype), v.to(matrices[0].dtype)
     if len(matrices) == 1:
-        return [(matrices[0], gain, u.view(-1), v.view(-1))]
-    return list(zip(matrices, gain.unbind(), u.unbind(), v.unbind(), strict=True))
+        return [(matrices[0], u.view(-1), v.view(-1))]
+    return list(zip(matrices, u.unbind(), v.unbind(), strict=True))
+
+
+def _scales(parts: list[tuple[Tensor, Tensor, Tensor]], gain: Tensor) -> tuple[Tensor, Tensor]:
+    """``(sigma, gain / sigma)``, (parts,) each."""
+    each = [torch.dot(u, torch.mv(matrix, v)) for matrix, u, v in parts]
+    sigmas = each[0].view(1) if len(each) == 1 else torch.stack(each)
+    return sigmas, _exact(gain) / sigmas
+
+
+def _each(scalars: Tensor) -> tuple[Tensor, ...]:
+    return (scalars,) if len(scalars) == 1 else scalars.unbind()
 
 
 def _matrices(weight: Tensor, parts: int, transposed: bool) -> tuple[Tensor, ...]:
@@ -249,13 +382,13 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _as_weight(matrices: list[Tensor], weight: Tensor, transposed: bool) -> Tensor:
-    """Inverse of ``_matrices``, in the dtype of ``weight``."""
+def _as_weight(matrices: list[Tensor], weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """Inverse of ``_matrices``, in ``dtype``."""
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
     joined = joined.t() if transposed else joined
     if joined.shape != weight.shape:
         joined = joined.reshape(weight.shape)
-    return joined if joined.dtype == weight.dtype else joined.to(weight.dtype)
+    return joined if joined.dtype == dtype else joined.to(dtype)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
