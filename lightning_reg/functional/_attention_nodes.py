@@ -353,8 +353,12 @@ def _torch_gradients(
             v = None if value is None else upcast(inputs[2][block[0]])
             entropy, _, *output = _attended(scores, block, q, k, v)
             pairs = [(entropy, grad_entropy), *((part, grad_output) for part in output)]
-            total = sum((part * cut(grad, block)).sum() for part, grad in pairs if grad is not None)
-            parts = torch.autograd.grad(total, inputs, create_graph=create_graph, allow_unused=True)  # type: ignore[arg-type]
+            # not a sum of products: what comes from above may depend on the inputs itself
+            ends, upstream = zip(*((part, cut(grad, block)) for part, grad in pairs if grad is not None), strict=True)
+            parts = torch.autograd.grad(
+                ends, inputs, [grad.to(end.dtype) for end, grad in zip(ends, upstream, strict=True)],
+                create_graph=create_graph, allow_unused=True,
+            )  # fmt: skip
             found = [torch.zeros_like(x) if part is None else part for x, part in zip(inputs, parts, strict=True)]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
     totals = totals or [torch.zeros_like(tensor) for tensor in inputs]
