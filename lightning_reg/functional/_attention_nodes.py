@@ -154,15 +154,17 @@ class KernelAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        positions: Tensor | None,
         scale: float,
         is_causal: bool,
         window: int | None,
+        offset: int,
     ) -> tuple[Tensor, Tensor]:
         """Return the output (B, H, M, value dim) and the entropy (B, H, M)."""
-        output, entropy, lse = attend(query, key, value, bias, mask, positions, scale, is_causal, window)
-        ctx.save_for_backward(query, key, value, bias, mask, positions, output, entropy, lse)
-        ctx.arguments = (scale, is_causal, window)
+        output, entropy, lse, _ = attend(
+            query, key, value, bias, mask, scale, is_causal, window, offset, 1
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, bias, mask, output, entropy, lse)
+        ctx.arguments = (scale, is_causal, window, offset)
         ctx.set_materialize_grads(False)
         return output, entropy
 
@@ -182,15 +184,17 @@ class KernelEntropy(torch.autograd.Function):
         key: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        positions: Tensor | None,
         scale: float,
         is_causal: bool,
         window: int | None,
+        offset: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and the entropy (B, H, M)."""
-        output, entropy, lse = attend(query, key, None, bias, mask, positions, scale, is_causal, window)
-        ctx.save_for_backward(query, key, None, bias, mask, positions, output, entropy, lse)
-        ctx.arguments = (scale, is_causal, window)
+        output, entropy, lse, _ = attend(
+            query, key, None, bias, mask, scale, is_causal, window, offset, 1
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, None, bias, mask, output, entropy, lse)
+        ctx.arguments = (scale, is_causal, window, offset)
         ctx.set_materialize_grads(False)
         return query.view_as(query), key.view_as(key), entropy
 
@@ -209,16 +213,16 @@ class KernelEntropy(torch.autograd.Function):
 def _kernel_gradients(
     ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    query, key, value, bias, mask, positions, output, entropy, lse = ctx.saved_tensors
+    query, key, value, bias, mask, output, entropy, lse = ctx.saved_tensors
     if grad_output is None and grad_entropy is None:
         return None, None, None
     if torch.is_grad_enabled():  # a second derivative: what was kept knows nothing of its own
-        inputs = (query, key, value, bias, mask, positions)
+        inputs = (query, key, value, bias, mask)
         return _torch_gradients(*inputs, grad_output, grad_entropy, *ctx.arguments, create_graph=True)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    for_query, for_key, for_value = attend_backward(
-        query, key, value, bias, mask, positions, output, entropy, lse, grad_output, grad_entropy, *ctx.arguments,
-        deterministic,
+    for_query, for_key, for_value, _ = attend_backward(
+        grad_output, grad_entropy, query, key, value, bias, mask, output, entropy, lse, *ctx.arguments, 1,
+        deterministic, False,
     )  # fmt: skip
     return for_query, for_key, None if value is None else for_value
 
@@ -229,13 +233,15 @@ def _fake_attend(
     value: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    positions: Tensor | None,
     scale: float,
     is_causal: bool,
     window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    offset: int,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = query.new_empty(query.shape[:3], dtype=exact_dtype(query))
-    return _token_major(query, None if value is None else value.shape[-1]), rows, torch.empty_like(rows)
+    output = _token_major(query, None if value is None else value.shape[-1])
+    return output, rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
 def _token_major(tensor: Tensor, width: int | None) -> Tensor:
@@ -253,65 +259,78 @@ def attend(
     value: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    positions: Tensor | None,
     scale: float,
     is_causal: bool,
     window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, M, value dim), or (0,) without values; entropy and log of the sum of exponentials, (B, H, M).
+    offset: int,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output (B, H, M, value dim), or (0,) without values; entropy, log of the sum of exponentials, largest score.
 
-    Rows that see no key have output, entropy and logarithm 0.
+    Rows that see no key have output, entropy and logarithm 0, and the largest score -inf. Query i is at
+    ``offset + step * i``.
     """
-    output, entropy, lse = _fake_attend(query, key, value, bias, mask, positions, scale, is_causal, window)
-    scores = Scores(query, key, bias, mask, scale, is_causal, None, window, positions)
+    arguments = (scale, is_causal, window, offset, step)
+    output, entropy, lse, largest = _fake_attend(query, key, value, bias, mask, *arguments)
+    scores = _placed(query, key, bias, mask, *arguments)
     with full_precision(query):
         for block, q, k in scores.blocks():
             v = None if value is None else upcast(value[block[0]])
-            for whole, part in zip((entropy, lse, output), _attended(scores, block, q, k, v), strict=False):
+            parts = _attended(scores, block, q, k, v)
+            for whole, part in zip((entropy, lse, largest, output), parts, strict=False):
                 cut(whole, block).copy_(part)
-    return output, entropy, lse
+    return output, entropy, lse, largest
 
 
 @kernels.operator(
     "attention_entropy.backward",
-    fake=lambda query, key, value, *_: (
+    fake=lambda grad_output, grad_entropy, query, key, value, *_: (
         _token_major(query, query.shape[-1]),
         _token_major(key, key.shape[-1]),
         _token_major(key, None if value is None else value.shape[-1]),
+        query.new_empty(0),
     ),
 )
 def attend_backward(
+    grad_output: Tensor | None,
+    grad_entropy: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    positions: Tensor | None,
     output: Tensor,
     entropy: Tensor,
     lse: Tensor,
-    grad_output: Tensor | None,
-    grad_entropy: Tensor | None,
     scale: float,
     is_causal: bool,
     window: int | None,
+    offset: int,
+    step: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, the last one (0,) without values."""
     grads = _torch_gradients(
-        query, key, value, bias, mask, positions, grad_output, grad_entropy, scale, is_causal, window
+        query, key, value, bias, mask, grad_output, grad_entropy, scale, is_causal, window, offset
     )  # fmt: skip
     tensors = (query, key) if value is None else (query, key, value)
     laid = [_token_major(tensor, tensor.shape[-1]) for tensor in tensors]
     for whole, grad in zip(laid, grads, strict=False):
         whole.copy_(grad)  # type: ignore[arg-type]
-    return laid[0], laid[1], laid[2] if value is not None else _token_major(key, None)
+    return laid[0], laid[1], laid[2] if value is not None else _token_major(key, None), query.new_empty(0)
 
 
-def _attended(
-    scores: Scores, block: Block, q: Tensor, k: Tensor, v: Tensor | None
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """Entropy, log of the sum of exponentials and, with values, the output of a block."""
+def _placed(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, is_causal: bool,
+    window: int | None, offset: int, step: int = 1,
+) -> Scores:  # fmt: skip
+    positions = offset + step * torch.arange(query.shape[2], device=query.device)
+    return Scores(query, key, bias, mask, scale, is_causal, None, window, positions)
+
+
+def _attended(scores: Scores, block: Block, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
+    """Entropy, log of the sum of exponentials, largest score and, with values, the output of a block."""
     logits, hidden = scores.logits(block, q, k)
     if hidden is not None:
         logits = logits.masked_fill(hidden, HIDDEN_SCORE)
@@ -322,10 +341,12 @@ def _attended(
     probs = probs * seen.unsqueeze(-1)
     entropy = 0 - (probs * log_probs).sum(-1)
     lse = torch.logsumexp(logits, -1).masked_fill(~seen, 0.0)
+    largest = logits.amax(-1) if k.shape[2] else torch.zeros_like(lse)
+    largest = largest.masked_fill(~seen, -torch.inf)
     if v is None:
-        return entropy, lse
+        return entropy, lse, largest
     rows = probs.reshape(*v.shape[:2], -1, v.shape[2])
-    return entropy, lse, (rows @ v).reshape(*probs.shape[:3], v.shape[-1])
+    return entropy, lse, largest, (rows @ v).reshape(*probs.shape[:3], v.shape[-1])
 
 
 def _torch_gradients(
@@ -334,12 +355,12 @@ def _torch_gradients(
     value: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
-    positions: Tensor | None,
     grad_output: Tensor | None,
     grad_entropy: Tensor | None,
     scale: float,
     is_causal: bool,
     window: int | None,
+    offset: int = 0,
     create_graph: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients by autograd, block by block."""
@@ -348,10 +369,10 @@ def _torch_gradients(
         inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     totals: list[Tensor] = []
     with torch.enable_grad(), full_precision(query):
-        scores = Scores(inputs[0], inputs[1], bias, mask, scale, is_causal, None, window, positions)
+        scores = _placed(inputs[0], inputs[1], bias, mask, scale, is_causal, window, offset)
         for block, q, k in scores.blocks():
             v = None if value is None else upcast(inputs[2][block[0]])
-            entropy, _, *output = _attended(scores, block, q, k, v)
+            entropy, _, _, *output = _attended(scores, block, q, k, v)
             pairs = [(entropy, grad_entropy), *((part, grad_output) for part in output)]
             # not a sum of products: what comes from above may depend on the inputs itself
             ends, upstream = zip(*((part, cut(grad, block)) for part, grad in pairs if grad is not None), strict=True)
@@ -397,7 +418,7 @@ class TwiceEntropy(torch.autograd.Function):
         query, key = ctx.saved_tensors
         scale, is_causal = ctx.arguments
         if grad_entropy is not None and torch.is_grad_enabled():
-            inputs = (query, key, None, None, None, None)
+            inputs = (query, key, None, None, None)
             pulls = _torch_gradients(*inputs, None, grad_entropy, scale, is_causal, None, create_graph=True)
             grad_query, grad_key = _joined(grad_query, pulls[0], query), _joined(grad_key, pulls[1], key)
         elif grad_entropy is not None:

@@ -171,7 +171,7 @@ def attention_entropy(
     """
     *_, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k,
-        window=window, positions=_continued(query, query_offset),
+        window=window, query_offset=query_offset,
     )  # fmt: skip
     return normalize_entropy(entropy, visible) if normalize else entropy
 
@@ -214,7 +214,7 @@ def attention_with_entropy(
     """
     output, entropy, visible = attention_tap(
         query, key, value, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, window=window,
-        positions=_continued(query, query_offset),
+        query_offset=query_offset,
     )  # fmt: skip
     return output, normalize_entropy(entropy, visible) if normalize else entropy
 
@@ -231,7 +231,7 @@ def attention_tap(
     enable_gqa: bool = False,
     top_k: int | None = None,
     window: int | None = None,
-    positions: Tensor | None = None,
+    query_offset: int = 0,
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> tuple[Tensor, Tensor, Tensor | int]:
     """Attention and the entropy of its rows before dropout, whichever way is cheapest.
@@ -245,23 +245,23 @@ def attention_tap(
     _check_query_key(query, key, attn_mask, enable_gqa)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, value = _as_attention_casts(query, key, value)
-    path = attention_path(query, key, value, attn_mask, dropout_p, is_causal, top_k, window, positions)
+    path = attention_path(query, key, value, attn_mask, dropout_p, is_causal, top_k, window, query_offset)
     if path == ONE_NODE:
         output, entropy = SmallAttention.apply(query, key, value, scale, is_causal)
         return output, entropy, _visible_to_queries(query, key, None, is_causal, None)
     if path == FUSED:
         q, k, v, bias, mask = _four_axes(query, key, value, attn_mask)
-        places = _placing(positions, is_causal, window)
-        output, entropy = KernelAttention.apply(q, k, v, bias, mask, places, scale, is_causal, window)
-        visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, positions)
+        output, entropy = KernelAttention.apply(q, k, v, bias, mask, scale, is_causal, window, query_offset)
+        visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, _places(query, query_offset))
         lead = query.shape[:-1]
         return output.reshape(*lead, value.shape[-1]), entropy.reshape(lead), visible
     query, key, attn_mask, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k, window=window,
-        positions=positions,
+        query_offset=query_offset,
     )  # fmt: skip
-    if window is not None or (positions is not None and is_causal):
-        attn_mask, is_causal = _with_band(query, key, attn_mask, is_causal, window, positions), False
+    if window is not None or (query_offset and is_causal):
+        attn_mask = _with_band(_places(query, query_offset), key, attn_mask, is_causal, window)
+        is_causal = False
     output = attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
         enable_gqa=enable_gqa,
@@ -279,7 +279,7 @@ def entropy_tap(
     enable_gqa: bool = False,
     top_k: int | None = None,
     window: int | None = None,
-    positions: Tensor | None = None,
+    query_offset: int = 0,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | int]:
     """Queries, keys and mask unchanged, with the entropy of their attention rows joined to the same autograd node.
@@ -291,22 +291,35 @@ def entropy_tap(
         ``(query, key, attn_mask, entropy, visible)``, entropy in nats and the number of visible keys, both
         (batch, heads, queries); one number where every query sees as many keys.
     """
-    if rows is not None:
-        query, key = _as_attention_casts(query, key)
-        part = attn_mask
-        if part is not None and part.dim() > 1 and part.shape[-2] > 1:
-            part = part.index_select(-2, rows)
-        _, key, _, entropy, visible = entropy_tap(
-            query.index_select(-2, rows), key, part, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa,
-            top_k=top_k, window=window, positions=rows,
-        )  # fmt: skip
-        return query, key, attn_mask, entropy, visible
     _check_query_key(query, key, attn_mask, enable_gqa)
     _check_window(window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key = _as_attention_casts(query, key)
+    if rows is not None:
+        part, mask = query.index_select(-2, rows), attn_mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            mask = mask.index_select(-2, rows)
+        _, key, _, entropy, visible = _tap(part, key, mask, scale, is_causal, top_k, window, rows + query_offset)
+        return query, key, attn_mask, entropy, visible
+    return _tap(query, key, attn_mask, scale, is_causal, top_k, window, query_offset)
+
+
+def _tap(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    top_k: int | None,
+    window: int | None,
+    places: Tensor | int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | int]:
+    """``entropy_tap`` of queries at ``places`` (queries,), or one after another from a number on."""
+    scattered = isinstance(places, Tensor) and (is_causal or window is not None)
+    positions = places if isinstance(places, Tensor) else _places(query, places) if places else None
     visible = _visible_to_queries(query, key, attn_mask, is_causal, check_top_k(top_k), window, positions)
-    path = attention_path(query, key, None, attn_mask, 0.0, is_causal, top_k, window, positions)
+    offset = places if isinstance(places, int) else 0
+    path = attention_path(query, key, None, attn_mask, 0.0, is_causal, top_k, window, offset or int(scattered))
     if path == BLOCKS:
         band = (positions, scale, is_causal, top_k, window)
         if attn_mask is None or attn_mask.dtype == torch.bool:
@@ -319,10 +332,13 @@ def entropy_tap(
     q, k, _, bias, mask = _four_axes(query, key, None, attn_mask)
     if path == TWICE:
         q, k, entropy = TwiceEntropy.apply(q, k, scale, is_causal)
+    elif scattered:  # kernels know a step between queries, not a turn
+        assert positions is not None
+        banded = _with_band(positions, key, attn_mask, is_causal, window)
+        *_, bias, mask = _four_axes(query, key, None, banded)
+        q, k, entropy = KernelEntropy.apply(q, k, bias, mask, scale, False, None, 0)
     else:
-        q, k, entropy = KernelEntropy.apply(
-            q, k, bias, mask, _placing(positions, is_causal, window), scale, is_causal, window
-        )
+        q, k, entropy = KernelEntropy.apply(q, k, bias, mask, scale, is_causal, window, offset)
     return q.reshape(query.shape), k.reshape(key.shape), attn_mask, entropy.reshape(query.shape[:-1]), visible
 
 
@@ -335,13 +351,13 @@ def attention_path(
     is_causal: bool = False,
     top_k: int | None = None,
     window: int | None = None,
-    positions: Tensor | None = None,
+    query_offset: int = 0,
 ) -> str:
     """The way to the entropy, and with ``value`` to the output, by device, dtype, mask and size.
 
     Warns once of each reason for which a GPU takes a slower one.
     """
-    placed = window is not None or (positions is not None and is_causal)
+    placed = window is not None or (query_offset != 0 and is_causal)
     if value is not None and not placed and _is_small(query, key, value, attn_mask, dropout_p, top_k):
         return ONE_NODE
     reason = kernels.unavailable(query)
@@ -398,25 +414,19 @@ def _as_attention_casts(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _with_band(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, window: int | None, positions: Tensor | None
+    positions: Tensor | None, key: Tensor, attn_mask: Tensor | None, is_causal: bool, window: int | None
 ) -> Tensor:
     """The mask with what positions hide."""
-    places = torch.arange(query.shape[-2], device=query.device) if positions is None else positions
-    shown = seen_by_position(places, key.shape[-2], is_causal, window)
+    assert positions is not None
+    shown = seen_by_position(positions, key.shape[-2], is_causal, window)
     if attn_mask is None:
         return shown
     return shown & attn_mask if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~shown, -math.inf)
 
 
-def _placing(positions: Tensor | None, is_causal: bool, window: int | None) -> Tensor | None:
-    """Positions as kernels take them, where they matter."""
-    return positions.to(torch.int32) if positions is not None and (is_causal or window is not None) else None
-
-
-def _continued(query: Tensor, offset: int) -> Tensor | None:
-    if not offset:
-        return None
-    return torch.arange(offset, offset + query.shape[-2], dtype=torch.int32, device=query.device)
+def _places(query: Tensor, offset: int) -> Tensor:
+    """Positions of queries that stand one after another."""
+    return torch.arange(offset, offset + query.shape[-2], device=query.device)
 
 
 def scores_tap(

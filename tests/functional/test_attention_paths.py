@@ -47,27 +47,24 @@ def band(positions: Tensor, keys: int, causal: bool, window: int | None) -> Tens
     return shown
 
 
-@pytest.mark.parametrize("positions", [None, [3, 4, 5, 6, 0]])
+@pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("way", ["kernel attention", "kernel entropy", "blocks"])
-def test_ways_equal_the_materialised_softmax(
-    way: str, causal: bool, window: int | None, positions: list[int] | None
-) -> None:
+def test_ways_equal_the_materialised_softmax(way: str, causal: bool, window: int | None, offset: int) -> None:
     q, k, v = qkv()
-    places = None if positions is None else torch.tensor(positions)
-    shown = band(torch.arange(5) if places is None else places, 7, causal, window)
+    shown = band(torch.arange(offset, offset + 5), 7, causal, window)
     mask = torch.rand(2, 1, 5, 7) < 0.8
     mask[1, 0, 2] = False  # a row that sees nothing
     expected, expected_entropy = materialised(q, k, v, 0.4, shown & mask)
     if way == "kernel attention":
-        output, entropy = nodes.KernelAttention.apply(q, k, v, None, mask, places, 0.4, causal, window)
+        output, entropy = nodes.KernelAttention.apply(q, k, v, None, mask, 0.4, causal, window, offset)
         torch.testing.assert_close(output, expected)
     elif way == "kernel entropy":
-        *_, entropy = nodes.KernelEntropy.apply(q, k, None, mask, places, 0.4, causal, window)
+        *_, entropy = nodes.KernelEntropy.apply(q, k, None, mask, 0.4, causal, window, offset)
     else:
         *_, entropy, visible = entropy_tap(
-            q, k, mask, scale=0.4, is_causal=causal, enable_gqa=True, window=window, positions=places
+            q, k, mask, scale=0.4, is_causal=causal, enable_gqa=True, window=window, query_offset=offset
         )
         assert torch.equal(visible, (shown & mask).sum(-1).expand(2, 4, 5))
     torch.testing.assert_close(entropy, expected_entropy)
@@ -88,7 +85,7 @@ def test_second_derivatives_of_a_function_of_the_entropy() -> None:
         total = entropy.square().sum() + output.pow(3).sum()
         return sum(grad.square().sum() for grad in torch.autograd.grad(total, (q, k), create_graph=True))
 
-    ours = penalty(*nodes.KernelAttention.apply(q, k, v, None, None, None, 0.5, False, None))
+    ours = penalty(*nodes.KernelAttention.apply(q, k, v, None, None, 0.5, False, None, 0))
     theirs = penalty(*materialised(q, k, v, 0.5, shown))
     torch.testing.assert_close(ours, theirs)
     for mine, right in zip(torch.autograd.grad(ours, (q, k, v)), torch.autograd.grad(theirs, (q, k, v)), strict=True):
@@ -102,8 +99,8 @@ def test_second_derivatives_of_kernel_nodes(node: str) -> None:
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         if node == "attention":
-            return nodes.KernelAttention.apply(*inputs, None, None, None, 0.5, True, None)
-        return nodes.KernelEntropy.apply(*inputs, None, None, None, 0.5, True, None)
+            return nodes.KernelAttention.apply(*inputs, None, None, 0.5, True, None, 0)
+        return nodes.KernelEntropy.apply(*inputs, None, None, 0.5, True, None, 0)
 
     inputs = (q, k, v) if node == "attention" else (q, k)
     assert torch.autograd.gradcheck(run, inputs)
@@ -170,8 +167,8 @@ def test_window_and_offset_reach_output_and_entropy(window: int | None, offset: 
 def test_visible_keys_within_a_window_and_a_mask(shape: tuple[int, ...]) -> None:
     q, k, _ = qkv(key_heads=4)
     mask = torch.rand(shape) < 0.6
-    *_, visible = entropy_tap(q, k, mask, is_causal=True, window=3, positions=torch.tensor([9, 2, 3, 0, 6]))
-    shown = band(torch.tensor([9, 2, 3, 0, 6]), 7, True, 3) & mask
+    *_, visible = entropy_tap(q, k, mask, is_causal=True, window=3, query_offset=2)
+    shown = band(torch.arange(2, 7), 7, True, 3) & mask
     assert torch.equal(visible, shown.sum(-1).expand(2, 4, 5))
 
 
