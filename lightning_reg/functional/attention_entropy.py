@@ -364,7 +364,7 @@ def attention_path(
     if reason is None:
         reason = _no_kernel(query, key, value, attn_mask, top_k)
     if reason is None:
-        return BESIDE if value is None or dropout_p else FUSED
+        return FUSED if value is not None and not dropout_p else BESIDE
     simple = attn_mask is None and top_k is None and not placed and query.shape == key.shape[:-2] + query.shape[-2:]
     path = TWICE if query.is_cuda and simple and query.dtype != torch.float64 and query.numel() else BLOCKS
     if reason:

@@ -26,8 +26,8 @@ Default and why
     Bound 50: an order below 1e3, where small models get worse, and half of QK-clip's threshold, which leaves healthy
     heads alone.
 Cost
-    From queries and keys: one matrix product forward and three backward, in blocks as ``attention_entropy`` does;
-    memory linear in the number of tokens. Computed in float32 (float64 stays).
+    From queries and keys: one matrix product forward and three backward, in blocks as ``attention_entropy`` does, of
+    which the forward is one kernel on a GPU; memory linear in the number of tokens. Computed in float32 (float64 stays).
 When it hurts
     The gradient of the squared hinge grows with the excess: clip gradients when a run starts far above the bound. Heads
     that point (induction, copying) need large logits: a low bound makes them worse. ``z^2`` has its minimum where
@@ -60,6 +60,7 @@ from lightning_reg.functional.attention_entropy import (
     _check_query_key,
     _visible_to_queries,
 )
+from lightning_reg.kernels import operator
 
 Statistic = Literal["max", "logsumexp"]
 
@@ -173,9 +174,11 @@ class _LogitRows(torch.autograd.Function):
         statistic: Statistic,
     ) -> Tensor:
         """Return the statistic of every row, (batch, heads, queries)."""
-        rows = _Logits(query, key, bias, mask, scale, is_causal, None).rows(statistic)
+        logits = _Logits(query, key, bias, mask, scale, is_causal)
+        rows = _rows(logits.query, logits.key, logits.bias, logits.mask, scale, is_causal, statistic)
+        rows = rows.reshape(query.shape[:-1])
         ctx.save_for_backward(query, key, bias, mask, rows)
-        ctx.arguments, ctx.statistic = (scale, is_causal, None), statistic
+        ctx.arguments, ctx.statistic = (scale, is_causal), statistic
         return rows
 
     @staticmethod
@@ -187,6 +190,18 @@ class _LogitRows(torch.autograd.Function):
         for_query, for_key, for_bias = logits.pulls(rows, grad, ctx.statistic, with_bias)
         for_bias = None if for_bias is None else for_bias.to(bias.dtype)
         return for_query.to(query.dtype), for_key.to(key.dtype), for_bias, None, None, None, None
+
+
+def _like_rows(query: Tensor, *args: Any) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=exact_dtype(query))
+
+
+@operator("attention_logits.forward", fake=_like_rows)
+def _rows(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, is_causal: bool, statistic: str
+) -> Tensor:
+    """``m`` or ``z`` of every row, (B, H, M), from (B, H, M, D) and (B, G, N, D)."""
+    return _Logits(query, key, bias, mask, scale, is_causal).rows(statistic)  # type: ignore[arg-type]
 
 
 class _Logits(Scores):
