@@ -80,6 +80,7 @@ def test_compiled_code_serves_every_batch() -> None:
     assert counters["stats"]["unique_graphs"] == 2  # the first block's input needs no gradient
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_resumed_training_draws_as_an_uninterrupted_one(tmp_path) -> None:
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=3)
     whole = tiny.fit(Sampled(), [*callbacks(), saving], max_epochs=1, enable_checkpointing=True)
