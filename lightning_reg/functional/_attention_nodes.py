@@ -60,7 +60,7 @@ class BlockwiseEntropy(torch.autograd.Function):
         query, key, bias, mask, positions, entropy, push = ctx.saved_tensors
         *passed, grad_entropy = (*grads[:2], None, grads[2]) if bias is None else grads
         if grad_entropy is not None:
-            scores = Scores(query, key, bias, mask, *ctx.arguments, positions)
+            scores = Scores(query, key, bias, mask, *ctx.arguments, positions=positions)
             # what was kept knows nothing of its own derivative
             kept = None if torch.is_grad_enabled() else push
             with_bias = bias is not None and ctx.needs_input_grad[2]
@@ -218,7 +218,7 @@ def _kernel_gradients(
         return None, None, None
     if torch.is_grad_enabled():  # a second derivative: what was kept knows nothing of its own
         inputs = (query, key, value, bias, mask)
-        return _torch_gradients(*inputs, grad_output, grad_entropy, *ctx.arguments, create_graph=True)
+        return _torch_gradients(*inputs, grad_output, grad_entropy, *ctx.arguments, True)
     deterministic = torch.are_deterministic_algorithms_enabled()
     for_query, for_key, for_value, _ = attend_backward(
         grad_output, grad_entropy, query, key, value, bias, mask, output, entropy, lse, *ctx.arguments, 1,

@@ -5,6 +5,6 @@ torch code does, with one warning that names the reason. ``disabled()``, or ``LI
 environment, switches all kernels off.
 """
 
-from lightning_reg.kernels.operators import Unsupported, disabled, interpreted, operator, unavailable
+from lightning_reg.kernels.operators import Unsupported, disabled, interpreted, operator, unavailable, warn_once
 
-__all__ = ["Unsupported", "disabled", "interpreted", "operator", "unavailable"]
+__all__ = ["Unsupported", "disabled", "interpreted", "operator", "unavailable", "warn_once"]
