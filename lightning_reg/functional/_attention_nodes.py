@@ -60,7 +60,8 @@ class BlockwiseEntropy(torch.autograd.Function):
         query, key, bias, mask, positions, entropy, push = ctx.saved_tensors
         *passed, grad_entropy = (*grads[:2], None, grads[2]) if bias is None else grads
         if grad_entropy is not None:
-            scores = Scores(query, key, bias, mask, *ctx.arguments, positions=positions)
+            scale, is_causal, top_k, window = ctx.arguments
+            scores = Scores(query, key, bias, mask, scale, is_causal, top_k, window, positions)
             # what was kept knows nothing of its own derivative
             kept = None if torch.is_grad_enabled() else push
             with_bias = bias is not None and ctx.needs_input_grad[2]
@@ -217,8 +218,10 @@ def _kernel_gradients(
     if grad_output is None and grad_entropy is None:
         return None, None, None
     if torch.is_grad_enabled():  # a second derivative: what was kept knows nothing of its own
-        inputs = (query, key, value, bias, mask)
-        return _torch_gradients(*inputs, grad_output, grad_entropy, *ctx.arguments, True)
+        scale, is_causal, window, offset = ctx.arguments
+        return _torch_gradients(
+            query, key, value, bias, mask, grad_output, grad_entropy, scale, is_causal, window, offset, True
+        )  # fmt: skip
     deterministic = torch.are_deterministic_algorithms_enabled()
     for_query, for_key, for_value, _ = attend_backward(
         grad_output, grad_entropy, query, key, value, bias, mask, output, entropy, lse, *ctx.arguments, 1,
