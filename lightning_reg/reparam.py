@@ -10,7 +10,7 @@ when the fit ends.
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, takewhile
@@ -58,20 +58,24 @@ class SpectralParametrization(nn.Module):
         self.register_buffer("u", u)
         self.register_buffer("v", v)
         self.transposed = transposed
+        self.casts = False  # all that use the weight would cast it under autocast
         self.plain_keys = True  # state_dict() shows the weight in use under its plain name
+        self.updates: Updates | None = None  # of a hand-written loop, on the first layer of the model
         self.manager = ""  # name of the callback that updates u and v
         self.adopted = False  # attached by the user, not by that callback
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight in use."""
+        """The weight in use; under autocast on a CUDA device in its dtype, where it would be cast anyway."""
+        cast = self.casts and weight.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if cast and weight.dtype == torch.float32 else weight.dtype
         if self.training:
-            return spectral_reparam(weight, self.gain, self.u, self.v, self.transposed)
-        return self.folded(weight)
+            return spectral_reparam(weight, self.gain, self.u, self.v, self.transposed, dtype)
+        return self.folded(weight, dtype)
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in use outside training. An averaged copy of the model averages u and v: they lose unit norm."""
         u, v = nn.functional.normalize(self.u, dim=-1), nn.functional.normalize(self.v, dim=-1)
-        return spectral_reparam(weight, self.gain, u, v, self.transposed)
+        return spectral_reparam(weight, self.gain, u, v, self.transposed, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return super()._apply(lambda tensor: _at_least_float32(tensor, fn(tensor)), recurse)
@@ -185,7 +189,8 @@ def apply_sigma_reparam(
 @torch.no_grad()
 def update_sigma_reparam(model: nn.Module) -> None:
     """Bring u and v up to date by one power iteration: once after each optimizer step of a hand-written loop."""
-    update_layers(unique_layers(find_layers(model)))
+    if layers := unique_layers(find_layers(model)):
+        Updates.of(layers).step()
 
 
 NOTHING_FOUND = (
@@ -235,6 +240,7 @@ def attach(
                 parent = modules.get(name.rpartition(".")[0])
                 parts = _parts(name, module, tensor, parent) if fused_qkv == "split" else 1
                 spectral = _initial(label, weight, parts, _is_transposed(module), init)
+                spectral.casts = all(_casts(owner) for _, owner, _ in owners)
             spectral.manager = spectral.manager or manager
             plan[id(weight)] = (spectral, owners)
     return [
@@ -270,6 +276,13 @@ def _weight_names(module: nn.Module) -> list[str]:
 def _is_transposed(module: nn.Module) -> bool:
     """Whether the module is GPT-2's ``Conv1D``, which keeps its weight as (in, out)."""
     return hasattr(module, "nf") and any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def _casts(module: nn.Module) -> bool:
+    """Whether a module does nothing with its weight but multiply by it, which autocast does in low precision."""
+    forward = getattr(classes.bare_class(module), "forward", None)
+    stock = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    return capture.is_conv1d(module) or any(forward is kind.forward for kind in stock)
 
 
 def _owners(modules: dict[str, nn.Module]) -> dict[int, list[tuple[str, nn.Module, str]]]:
@@ -389,45 +402,100 @@ class Updates:
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
         self._places: list[int] = []
-        self._iteration = PowerIteration([], [], [])
+        self._iterations: list[PowerIteration] = []
+
+    @staticmethod
+    def of(layers: list[Layer]) -> "Updates":
+        """Those of the step before, if the layers are the same."""
+        first = layers[0].spectral
+        if first.updates is None or first.updates.layers != layers:
+            first.updates = Updates(layers)
+        return first.updates
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Updates, ([],)
 
     @torch.no_grad()
     def step(self) -> None:
         """Bring u and v of every layer up to date."""
         places = [place for layer in self.layers for place in _places(layer)]
         if places != self._places:
-            self._iteration, self._places = PowerIteration(*_operands(self.layers)), places
-        self._iteration.step()
-
-
-def update_layers(layers: list[Layer]) -> None:
-    """One power iteration of each weight, outside forward."""
-    Updates(layers).step()
+            self._iterations, self._places = _iterations(self.layers), places
+        for iteration in self._iterations:
+            iteration.step()
 
 
 def _places(layer: Layer) -> list[int]:
-    """Where the tensors of a layer lie; never the same for a weight that must be gathered or converted first."""
-    weight, spectral = layer.original, layer.spectral
-    buffers: Any = spectral._buffers
-    u, v = buffers["u"], buffers["v"]
-    if is_sharded(weight) or weight.dtype != u.dtype or not weight.is_contiguous():
+    """Where the tensors of a layer lie; never the same for a weight that must be gathered or copied first."""
+    weight, buffers = layer.original, layer.spectral._buffers
+    local: Any = weight.to_local() if _sharding(weight) else weight  # type: ignore[attr-defined]
+    if is_sharded(local) or not local.is_contiguous():
         return [next(_fresh)]
-    return [weight.data_ptr(), u.data_ptr(), v.data_ptr()]
+    return [tensor.data_ptr() for tensor in (local, buffers["u"], buffers["v"])]  # type: ignore[union-attr]
 
 
 _fresh = count(-1, -1)
 
 
-def _operands(layers: list[Layer]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    matrices: list[Tensor] = []
-    u: list[Tensor] = []
-    v: list[Tensor] = []
+def _sharding(weight: Tensor) -> tuple[Any, int] | None:
+    """Device mesh and its axis over which the first axis of a weight is cut, if nothing else is."""
+    if not is_sharded(weight):
+        return None
+    mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
+    cut = [axis for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    # tensor parallelism beside it cuts in another order, as `_StridedShard`
+    plain = len(cut) == 1 and placements[cut[0]].is_shard(0) and type(placements[cut[0]]).__name__ == "Shard"
+    return (mesh, cut[0]) if plain else None
+
+
+def _iterations(layers: list[Layer]) -> list[PowerIteration]:
+    """One for the whole weights, and one for each mesh over which weights are sharded."""
+    groups: dict[Any, list[tuple[Tensor, Tensor, Tensor, int]]] = {}
     for layer in layers:
-        spectral, weight = layer.spectral, whole_tensor(layer.original.detach())
-        matrices += weight_matrices(weight.to(spectral.u.dtype), len(spectral.u), spectral.transposed).unbind()
-        u += spectral.u.unbind()
-        v += spectral.v.unbind()
-    return matrices, u, v
+        groups.setdefault(_sharding(layer.original), []).extend(_operands(layer))
+    iterations = []
+    for sharding, operands in groups.items():
+        matrices, left, right, starts = (list(column) for column in zip(*operands, strict=True))
+        iterations.append(PowerIteration(matrices, left, right, starts=starts, reduce=_sum_over(sharding)))
+    return iterations
+
+
+def _operands(layer: Layer) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """``(matrix, its left vector, its right vector, where its rows begin)`` of each part, as it lies in memory.
+
+    The rows of GPT-2's ``Conv1D`` are its inputs, so that v is to the left.
+    """
+    spectral, weight = layer.spectral, layer.original.detach()
+    sharding, parts, height = _sharding(weight), len(layer.spectral.u), len(weight)
+    if sharding is None:
+        local, first = whole_tensor(weight), 0
+    else:
+        mesh, axis = sharding
+        local = weight.to_local()  # type: ignore[attr-defined]
+        first = min(mesh.get_local_rank(axis) * -(-height // mesh.size(axis)), height)  # as `torch.chunk` cuts
+    local = local.flatten(1)
+    if spectral.transposed:
+        for columns, u, v in zip(local.chunk(parts, 1), spectral.u, spectral.v, strict=True):
+            yield columns, v, u, first
+        return
+    rows = height // parts
+    for part, (u, v) in enumerate(zip(spectral.u, spectral.v, strict=True)):
+        begin, end = (min(max(edge, first), first + len(local)) for edge in (part * rows, (part + 1) * rows))
+        yield local[begin - first : end - first], u, v, begin - part * rows if end > begin else 0
+
+
+def _sum_over(sharding: tuple[Any, int] | None) -> Callable[[Tensor], None] | None:
+    if sharding is None:
+        return None
+    group = sharding[0].get_group(sharding[1])
+
+    def reduce(buffer: Tensor) -> None:
+        torch.distributed.all_reduce(buffer, group=group)
+
+    return reduce
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------

@@ -58,14 +58,20 @@ def contests() -> list[Contest]:
         return ActivationDensityRegularizer(DENSITY_WEIGHT, epsilon=EPSILON)
 
     def all_usual(model: usual.HookedClassifier) -> None:
-        usual.add_entropy(model, ENTROPY_WEIGHT)
-        usual.add_density(model, DENSITY_WEIGHT, EPSILON)
-        usual.add_spectral_norm(model)
+        usual_entropy(model)
+        usual_density(model)
+        usual.add_spectral_norm(model.net)
+
+    def usual_entropy(model: usual.HookedClassifier) -> None:
+        usual.add_entropy(model.net, model.terms, ENTROPY_WEIGHT)
+
+    def usual_density(model: usual.HookedClassifier) -> None:
+        usual.add_density(model.net, model.terms, DENSITY_WEIGHT, EPSILON)
 
     return [
-        Contest("attention entropy", lambda: [entropy()], lambda model: usual.add_entropy(model, ENTROPY_WEIGHT)),
-        Contest("density loss", lambda: [density()], lambda model: usual.add_density(model, DENSITY_WEIGHT, EPSILON)),
-        Contest("sigma-Reparam", lambda: [SigmaReparam()], usual.add_spectral_norm),
+        Contest("attention entropy", lambda: [entropy()], usual_entropy),
+        Contest("density loss", lambda: [density()], usual_density),
+        Contest("sigma-Reparam", lambda: [SigmaReparam()], lambda model: usual.add_spectral_norm(model.net)),
         Contest("all three", lambda: [SigmaReparam(), entropy(), density()], all_usual),
         Contest("monitor", lambda: [RegMonitor()], None),
         Contest("stability monitor", lambda: [StabilityMonitor()], None),

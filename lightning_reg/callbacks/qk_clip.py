@@ -59,6 +59,10 @@ class _Layer:
         # in place: compiled code sees one tensor in every step
         self.seen.copy_(torch.maximum(self.seen, largest.to(self.seen.dtype)))
 
+    def alike(self) -> tuple:
+        """Layers of which this is equal get their factors in one computation."""
+        return self.attention.groups, self.seen.dtype, self.seen.device
+
     def scale(self, query: Tensor, key: Tensor) -> None:
         """Multiply weights and biases by factors of each query head and each key head."""
         for projection, factors in ((self.attention.query, query), (self.attention.key, key)):
@@ -143,9 +147,9 @@ class QKClip(Observer, Callback):
     def see_scores(self, call: AttentionCall, mask: Tensor | None) -> tuple[None, Tensor]:
         """Keep the largest ``|logit|`` of each head."""
         layer = self._layers[self._of_site[call.site]]
-        largest = _largest_by_head(call, layer.attention)
+        largest = _largest_by_head(call.detach(), layer.attention)
         layer.see(largest)
-        return None, largest.max()
+        return None, largest
 
     def check_fired(self, taps: "list[Tap]") -> None:
         """Checked where the first measured step ends."""
@@ -290,12 +294,21 @@ class QKClip(Observer, Callback):
         if not self.awake or not layers:
             return
         self._check_seen([layer for layer in layers if not layer.checked])
-        for layer, largest in zip(layers, _over_processes([layer.seen for layer in layers]), strict=True):
-            query, key = qk_clip_factors(largest, self.threshold, self.alpha, layer.attention.groups)
-            if self.threshold < math.inf:
-                layer.scale(query, key)
-            layer.last = largest, query * key.repeat_interleave(layer.attention.groups)
-            layer.seen.zero_()
+        maxima = _over_processes([layer.seen for layer in layers])
+        # a step has little else to launch: the arithmetic of a few numbers is done once for all layers
+        for members in _grouped(layers):
+            largest = torch.cat([maxima[layers.index(layer)] for layer in members])
+            groups = members[0].attention.groups
+            query, key = qk_clip_factors(largest, self.threshold, self.alpha, groups)
+            together = query * key.repeat_interleave(groups)
+            heads = [layer.attention.heads for layer in members]
+            key_heads = [count // groups for count in heads]
+            parts = (largest.split(heads), together.split(heads), query.split(heads), key.split(key_heads))
+            for layer, seen, factors, for_query, for_key in zip(members, *parts, strict=True):
+                if self.threshold < math.inf:
+                    layer.scale(for_query, for_key)
+                layer.last = seen, factors
+        torch._foreach_zero_([layer.seen for layer in layers])
 
     def _check_seen(self, layers: list[_Layer]) -> None:
         """In the first measured step of a layer: its attention must have been computed where it can be seen."""
@@ -390,7 +403,15 @@ def _largest_by_head(call: AttentionCall, attention: Attention) -> Tensor:
                 f"shape {shape}. Give their number with `heads=`, or leave the module out with `targets=`."
             )
         rows = rows.unsqueeze(-2)
-    return rows.movedim(-2, 0).flatten(1).amax(1)
+    return rows.amax([axis for axis in range(rows.dim()) if axis != rows.dim() - 2])
+
+
+def _grouped(layers: list[_Layer]) -> list[list[_Layer]]:
+    """Layers that are ``alike``, in order."""
+    found: dict[tuple, list[_Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.alike(), []).append(layer)
+    return list(found.values())
 
 
 def _over_processes(maxima: list[Tensor]) -> list[Tensor]:

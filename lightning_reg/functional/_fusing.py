@@ -22,10 +22,19 @@ _FORWARD: dict[str, Callable] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.silu_backward(grad, x)
+    share = x.sigmoid()
+    return grad * share * (1 + x * (1 - share))
+
+
 _BACKWARD: dict[str, Callable] = {
     "gelu": partial(_aten.gelu_backward, approximate="none"),
     "gelu_tanh": partial(_aten.gelu_backward, approximate="tanh"),
-    "silu": _aten.silu_backward,
+    "silu": _silu_backward,
 }
 
 
@@ -61,8 +70,8 @@ def activate(activation: str, sources: Sequence[Tensor]) -> Tensor:
     return value * sources[1] if len(sources) > 1 else value
 
 
-def through(activation: str, grad: Tensor | None, sources: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of the inputs of an activation function, from that of its output."""
+def through(activation: str, grad: Tensor | None, sources: Sequence[Tensor]) -> list[Any]:
+    """Gradients of the inputs of an activation function, from that of its output; None from None."""
     if not activation or grad is None:
         return [grad, *(None for _ in sources[1:])]
     if len(sources) == 1:

@@ -1,0 +1,485 @@
+"""Attention with row entropy where a head fits into one program: at most 256 queries and 256 keys.
+
+All keys of a row are at hand at once, so the softmax needs no rescaling and the entropy comes from the same exponents.
+One backward kernel makes the gradients of queries, keys and values from five products, always added in one order.
+
+With ``p = 2 ** t`` and scaled scores ``s``: ``H = -sum p ln(p)`` and
+``ds = p * (dP - dH * ln(p) - c)``, ``c = sum_j p_j (dP_j - dH * ln(p_j)) = dO . O + dH * H`` of the row.
+Keys are cut into ``PIECES``, powers of two that add up to little more than there are: 197 keys are 128 + 64 + 16.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_reg.kernels.operators import Unsupported
+
+MOST_TOKENS = 256
+MOST_DIM = 128
+
+HIDDEN = tl.constexpr(-1e30)
+SEEN = tl.constexpr(-1e29)  # above every hidden score
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _forward_kernel(
+    query, key, value, mask, output, entropy, lse, largest,
+    scale, heads, queries, keys, offset, step, window,
+    query_b, query_h, query_m, key_b, key_h, key_n, value_b, value_h, value_n,
+    mask_b, mask_h, mask_m, mask_n, output_b, output_h, output_m,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head = (program // SPLIT).to(tl.int64)
+    part = program % SPLIT
+    b = head // heads
+    h = head % heads
+    query += b * query_b + h * query_h
+    key += b * key_b + h * key_h
+    value += b * value_b + h * value_h
+    mask += b * mask_b + h * mask_h
+    output += b * output_b + h * output_h
+    entropy += head * queries
+    lse += head * queries
+    largest += head * queries
+
+    key_tiles = ()
+    value_tiles = ()
+    at = 0
+    for i in tl.static_range(len(PIECES)):
+        key_tiles = key_tiles + (_load_rows(key, at, keys, key_n, PIECES[i], DIM, WIDTH, WIDEN),)
+        value_tiles = value_tiles + (_load_rows(value, at, keys, value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH, WIDEN),)
+        at += PIECES[i]
+
+    whole = queries if TAIL == 0 else queries // ROWS * ROWS
+    for first in range(part * ROWS, whole, SPLIT * ROWS):
+        _attend(
+            query, key_tiles, value_tiles, mask, output, entropy, lse, largest,
+            first, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
+            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, ROWS, PIECES, FULL, MASK, CAUSAL, WINDOW, WIDEN,
+        )  # fmt: skip
+    if TAIL > 0:
+        if part == SPLIT - 1:
+            _attend(
+                query, key_tiles, value_tiles, mask, output, entropy, lse, largest,
+                whole, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
+                DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, TAIL, PIECES, FULL, MASK, CAUSAL, WINDOW, WIDEN,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    query, key_tiles, value_tiles, mask, output, entropy, lse, largest,
+    first, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Output and row statistics of ``ROWS`` queries."""
+    rows = first + tl.arange(0, ROWS)
+    tile = _load_rows(query, first, queries, query_m, ROWS, DIM, WIDTH, WIDEN)
+    scores = ()
+    most = tl.full([ROWS], HIDDEN, tl.float32)
+    at = 0
+    for i in tl.static_range(len(PIECES)):
+        products = tl.dot(tile, tl.trans(key_tiles[i]), input_precision="ieee")
+        products = _hide(
+            products, rows[:, None], _count_from(at, PIECES[i])[None, :], queries, keys, offset, step, window,
+            mask, mask_m, mask_n, i >= FULL, MASK, CAUSAL, WINDOW,
+        )  # fmt: skip
+        most = tl.maximum(most, tl.max(products, 1))
+        scores = scores + (products,)
+        at += PIECES[i]
+
+    factor = scale * LOG2E
+    shift = tl.where(most > SEEN, most * factor, 0.0)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    for i in tl.static_range(len(PIECES)):
+        exponents = scores[i] * factor - shift[:, None]
+        weights = tl.exp2(exponents)
+        total += tl.sum(weights, 1)
+        weighted += tl.sum(weights * exponents, 1)
+        result = tl.dot(weights.to(value_tiles[i].dtype), value_tiles[i], acc=result, input_precision="ieee")
+    total = tl.where(total == 0, 1.0, total)
+    bits = tl.log2(total)
+    inside = rows < queries
+    _store_rows(output, result / total[:, None], first, queries, output_m, ROWS, VALUE_DIM, VALUE_WIDTH)
+    tl.store(entropy + rows, (bits - weighted / total) * LN2, mask=inside)
+    tl.store(lse + rows, (shift + bits) * LN2, mask=inside)
+    tl.store(largest + rows, tl.where(most > SEEN, most * scale, float("-inf")), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_output, grad_entropy, query, key, value, mask, output, entropy, lse,
+    grad_query, grad_key, grad_value, partial,
+    scale, heads, queries, keys, offset, step, window,
+    up_b, up_h, up_m, bend_b, bend_h, bend_m,
+    query_b, query_h, query_m, key_b, key_h, key_n, value_b, value_h, value_n,
+    mask_b, mask_h, mask_m, mask_n, output_b, output_h, output_m,
+    to_query_b, to_query_h, to_query_m, to_key_b, to_key_h, to_key_n, to_value_b, to_value_h, to_value_n,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr, KEYS: tl.constexpr, FULL: tl.constexpr, ONCE: tl.constexpr,
+    OUTPUT: tl.constexpr, ENTROPY: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a head: ``KEYS`` keys at a time, the gradient of the queries passing through ``partial``."""
+    head = tl.program_id(0).to(tl.int64)
+    b = head // heads
+    h = head % heads
+    grad_output += b * up_b + h * up_h
+    grad_entropy += b * bend_b + h * bend_h
+    query += b * query_b + h * query_h
+    key += b * key_b + h * key_h
+    value += b * value_b + h * value_h
+    mask += b * mask_b + h * mask_h
+    output += b * output_b + h * output_h
+    grad_query += b * to_query_b + h * to_query_h
+    grad_key += b * to_key_b + h * to_key_h
+    grad_value += b * to_value_b + h * to_value_h
+    entropy += head * queries
+    lse += head * queries
+    partial += head * queries * WIDTH
+    factor = scale * LOG2E
+
+    for start in range(0, keys, KEYS):
+        key_tiles = ()
+        value_tiles = ()
+        to_key = ()
+        to_value = ()
+        at = start
+        for i in tl.static_range(len(PIECES)):
+            key_tiles = key_tiles + (_load_rows(key, at, keys, key_n, PIECES[i], DIM, WIDTH, WIDEN),)
+            value_tiles = value_tiles + (_load_rows(value, at, keys, value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH, WIDEN),)
+            to_key = to_key + (_zeros(PIECES[i], WIDTH),)
+            to_value = to_value + (_zeros(PIECES[i], VALUE_WIDTH),)
+            at += PIECES[i]
+
+        for first in range(0, queries, ROWS):
+            rows = first + tl.arange(0, ROWS)
+            inside = rows < queries
+            tile = _load_rows(query, first, queries, query_m, ROWS, DIM, WIDTH, WIDEN)
+            level = tl.load(lse + rows, mask=inside, other=1e30) * LOG2E
+            constant = tl.zeros([ROWS], tl.float32)
+            bend = tl.zeros([ROWS], tl.float32)
+            if OUTPUT:
+                up = _load_rows(grad_output, first, queries, up_m, ROWS, VALUE_DIM, VALUE_WIDTH, WIDEN)
+                result = _load_rows(output, first, queries, output_m, ROWS, VALUE_DIM, VALUE_WIDTH, WIDEN)
+                constant += tl.sum(up.to(tl.float32) * result.to(tl.float32), 1)
+            if ENTROPY:
+                bend = tl.load(grad_entropy + rows.to(tl.int64) * bend_m, mask=inside, other=0.0).to(tl.float32)
+                constant += bend * tl.load(entropy + rows, mask=inside, other=0.0)
+                bend *= LN2
+            if ONCE:
+                to_query = tl.zeros([ROWS, WIDTH], tl.float32)
+            else:
+                seen = queries if start > 0 else 0
+                to_query = _load_rows(partial, first, seen, WIDTH, ROWS, WIDTH, WIDTH, WIDEN)
+            new_key = ()
+            new_value = ()
+            at = start
+            for i in tl.static_range(len(PIECES)):
+                products = tl.dot(key_tiles[i], tl.trans(tile), input_precision="ieee")
+                products = _hide(
+                    products, rows[None, :], _count_from(at, PIECES[i])[:, None], queries, keys, offset, step, window,
+                    mask, mask_m, mask_n, i >= FULL, MASK, CAUSAL, WINDOW,
+                )  # fmt: skip
+                exponents = products * factor - level[None, :]
+                weights = tl.exp2(exponents)
+                if OUTPUT:
+                    pull = tl.dot(value_tiles[i], tl.trans(up), input_precision="ieee") - constant[None, :]
+                    gain = tl.dot(weights.to(up.dtype), up, acc=to_value[i], input_precision="ieee")
+                    new_value = new_value + (gain,)
+                else:
+                    pull = tl.zeros([1, ROWS], tl.float32) - constant[None, :]
+                    new_value = new_value + (to_value[i],)
+                if ENTROPY:
+                    pull = pull - bend[None, :] * exponents
+                slopes = (weights * pull).to(tile.dtype)
+                new_key = new_key + (tl.dot(slopes, tile, acc=to_key[i], input_precision="ieee"),)
+                to_query = tl.dot(tl.trans(slopes), key_tiles[i], acc=to_query, input_precision="ieee")
+                at += PIECES[i]
+            to_key = new_key
+            to_value = new_value
+            # no branch: Triton 3.6 cannot compile one here
+            last = ONCE or start + KEYS >= keys
+            _store_rows(grad_query, to_query * scale, first, queries if last else 0, to_query_m, ROWS, DIM, WIDTH)
+            if not ONCE:
+                _store_rows(partial, to_query, first, 0 if last else queries, WIDTH, ROWS, WIDTH, WIDTH)
+
+        at = start
+        for i in tl.static_range(len(PIECES)):
+            _store_rows(grad_key, to_key[i] * scale, at, keys, to_key_n, PIECES[i], DIM, WIDTH)
+            _store_rows(grad_value, to_value[i], at, keys, to_value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH)
+            at += PIECES[i]
+        if not ONCE:
+            tl.debug_barrier()
+
+
+@triton.jit
+def _hide(
+    scores, row, column, queries, keys, offset, step, window, mask, mask_m, mask_n,
+    BOUND: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Scores out of sight become ``HIDDEN``; row and column broadcast to the tile, in either order."""
+    if BOUND:
+        scores = tl.where(column < keys, scores, HIDDEN)
+    if CAUSAL:
+        scores = tl.where(column <= offset + step * row, scores, HIDDEN)
+    if WINDOW:
+        scores = tl.where(column > offset + step * row - window, scores, HIDDEN)
+        if not CAUSAL:
+            scores = tl.where(column < offset + step * row + window, scores, HIDDEN)
+    if MASK == "keys":
+        seen = tl.load(mask + column.to(tl.int64) * mask_n, mask=column < keys, other=0)
+        scores = tl.where(seen != 0, scores, HIDDEN)
+    if MASK == "pairs":
+        at = mask + row.to(tl.int64) * mask_m + column.to(tl.int64) * mask_n
+        seen = tl.load(at, mask=(row < queries) & (column < keys), other=0)
+        scores = tl.where(seen != 0, scores, HIDDEN)
+    return scores
+
+
+@triton.jit
+def _load_rows(base, first, count, stride, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr):
+    rows = first + tl.arange(0, SIZE)
+    columns = tl.arange(0, WIDTH)
+    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tile = tl.load(at, mask=(rows < count)[:, None] & (columns < DIM)[None, :], other=0.0)
+    return tile.to(tl.float32) if WIDEN else tile
+
+
+@triton.jit
+def _store_rows(base, tile, first, count, stride, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    rows = first + tl.arange(0, SIZE)
+    columns = tl.arange(0, WIDTH)
+    at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(rows < count)[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def _count_from(first, SIZE: tl.constexpr):
+    return first + tl.arange(0, SIZE)
+
+
+@triton.jit
+def _zeros(SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros([SIZE, WIDTH], tl.float32)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    window: int | None,
+    offset: int,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention output, and of each row the entropy, log-sum-exp and largest scaled score.
+
+    Args:
+        query: (batch, heads, queries, dim).
+        key: (batch, heads, keys, dim).
+        value: (batch, heads, keys, value_dim).
+        bias: None.
+        mask: Visible keys, True = visible, four axes, each full or of size 1.
+        scale: Factor on the scores, positive.
+        is_causal: Query i stands at ``offset + step * i`` and sees the keys up to there.
+        window: Sees only keys less than so far from where it stands.
+        offset: Where the first query stands.
+        step: From one query to the next.
+
+    Returns:
+        Output (batch, heads, queries, value_dim), in memory (batch, queries, heads, value_dim); entropy in nats,
+        log-sum-exp and largest score, float32 (batch, heads, queries). Rows that see no key: 0, 0, 0 and -inf.
+    """
+    value = _check(query, key, value, bias, mask, scale)
+    query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
+    batch, heads, queries, dim = query.shape
+    keys, value_dim = value.shape[-2:]
+    output = _heads_inside(batch, heads, queries, value_dim, query)
+    entropy, lse, largest = query.new_empty(3, batch, heads, queries, dtype=torch.float32).unbind()
+    if entropy.numel() == 0:
+        return output, entropy, lse, largest
+    settings, launch = _forward_settings(query.dtype, queries, keys, max(dim, value_dim))
+    seen, strides = _mask_arguments(mask, query, keys)
+    _forward_kernel[(batch * heads * settings["SPLIT"],)](
+        query, key, value, seen, output, entropy, lse, largest,
+        scale, heads, queries, keys, offset, step, window or 0,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides, *output.stride()[:3],
+        **_dims(dim, value_dim), **settings, **_sight(mask, is_causal, window, query), **launch,
+    )  # fmt: skip
+    return output, entropy, lse, largest
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_entropy: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    output: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+    window: int | None,
+    offset: int,
+    step: int,
+    deterministic: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, the same ones in every run; the fourth result is empty.
+
+    Args:
+        grad_output: Gradient of the output, any strides, or None where nothing depends on it.
+        grad_entropy: Gradient of the entropy, any strides, or None.
+        query: As in ``forward``, like everything up to ``step``.
+        output: Result of ``forward``, like ``entropy`` and ``lse``.
+        deterministic: Makes no difference.
+        bias_grad: False.
+
+    Returns:
+        Gradients in the shapes of query, key and value, in memory (batch, tokens, heads, dim), and an empty tensor.
+    """
+    value = _check(query, key, value, bias, mask, scale)
+    if bias_grad:
+        raise Unsupported("short sequences know no gradient of a bias")
+    query, key, value, output = (_last_contiguous(tensor) for tensor in (query, key, value, output))
+    batch, heads, queries, dim = query.shape
+    keys, value_dim = value.shape[-2:]
+    grad_query = _heads_inside(batch, heads, queries, dim, query)
+    grad_key = _heads_inside(batch, heads, keys, dim, query)
+    grad_value = _heads_inside(batch, heads, keys, value_dim, query)
+    nothing = query.new_empty(0)
+    if entropy.numel() == 0 or keys == 0 or (grad_output is None and grad_entropy is None):
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), nothing
+    settings, launch = _backward_settings(query.dtype, queries, keys, max(dim, value_dim))
+    dims = _dims(dim, value_dim)
+    partial = query.new_empty(
+        0 if settings["ONCE"] else batch * heads * queries * dims["WIDTH"], dtype=torch.float32
+    )
+    up = output if grad_output is None else _last_contiguous(grad_output)
+    bend = entropy if grad_entropy is None else grad_entropy
+    seen, strides = _mask_arguments(mask, query, keys)
+    _backward_kernel[(batch * heads,)](
+        up, bend, query, key, value, seen, output, entropy.contiguous(), lse.contiguous(),
+        grad_query, grad_key, grad_value, partial,
+        scale, heads, queries, keys, offset, step, window or 0,
+        *up.stride()[:3], *bend.stride(),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides, *output.stride()[:3],
+        *grad_query.stride()[:3], *grad_key.stride()[:3], *grad_value.stride()[:3],
+        OUTPUT=grad_output is not None, ENTROPY=grad_entropy is not None,
+        **dims, **settings, **_sight(mask, is_causal, window, query), **launch,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value, nothing
+
+
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None
+) -> str | None:
+    """Why these kernels cannot take the arguments; None when they can."""
+    if value is None:
+        return "short sequences need a value"
+    if bias is not None:
+        return "short sequences take no additive mask"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{query.dtype} is neither float16, bfloat16 nor float32"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query, key and value have different dtypes, {query.dtype}, {key.dtype} and {value.dtype}"
+    if query.shape[1] != key.shape[1]:
+        return "heads share keys"
+    if max(query.shape[-2], key.shape[-2]) > MOST_TOKENS:
+        return f"there are more than {MOST_TOKENS} {'keys' if key.shape[-2] > MOST_TOKENS else 'queries'}"
+    if max(query.shape[-1], value.shape[-1]) > MOST_DIM:
+        return f"the head dim is above {MOST_DIM}"
+    return None
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
+    reason = unsupported(query, key, value, bias, mask)
+    if reason is None and scale <= 0:
+        reason = "the scale is not positive"
+    if reason is not None:
+        raise Unsupported(reason)
+    assert value is not None
+    return value
+
+
+def _forward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
+    rows = 64 if dtype != torch.float32 else 16
+    pieces = _pieces(keys) if dtype != torch.float32 else (max(16, triton.next_power_of_2(keys)),)
+    left = queries % rows
+    tail = 0 if left == 0 else max(16, triton.next_power_of_2(left))
+    if tail >= rows:
+        tail = 0
+    settings = dict(ROWS=rows, TAIL=tail, SPLIT=1, PIECES=pieces, FULL=len(pieces) - (sum(pieces) > keys))
+    return settings, dict(num_warps=4, num_stages=2)
+
+
+def _backward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
+    pieces = (min(64 if dtype != torch.float32 else 16, max(16, triton.next_power_of_2(keys))),)
+    rows = min(64 if dtype != torch.float32 else 16, max(16, triton.next_power_of_2(queries)))
+    total = sum(pieces)
+    settings = dict(ROWS=rows, PIECES=pieces, KEYS=total, FULL=len(pieces) - (keys % total > 0), ONCE=total >= keys)
+    return settings, dict(num_warps=4, num_stages=2)
+
+
+def _pieces(keys: int) -> tuple[int, ...]:
+    """At most three powers of two, falling, none below 16, that add up to ``keys`` or a little more."""
+    pieces: list[int] = []
+    left = keys
+    while left > 0 or not pieces:
+        size = max(16, triton.next_power_of_2(left))
+        if len(pieces) < 2 and size > 16 and left <= size * 13 // 16:
+            size //= 2
+        pieces.append(size)
+        left -= size
+    return tuple(pieces)
+
+
+def _dims(dim: int, value_dim: int) -> dict[str, int]:
+    return dict(
+        DIM=dim,
+        WIDTH=max(16, triton.next_power_of_2(dim)),
+        VALUE_DIM=value_dim,
+        VALUE_WIDTH=max(16, triton.next_power_of_2(value_dim)),
+    )
+
+
+def _sight(mask: Tensor | None, is_causal: bool, window: int | None, query: Tensor) -> dict[str, Any]:
+    kind = "none" if mask is None else "keys" if mask.shape[-2] == 1 else "pairs"
+    return dict(MASK=kind, CAUSAL=is_causal, WINDOW=window is not None, WIDEN=not query.is_cuda)
+
+
+def _mask_arguments(mask: Tensor | None, query: Tensor, keys: int) -> tuple[Tensor, tuple[int, ...]]:
+    if mask is None:
+        return query, (0, 0, 0, 0)
+    seen = mask.view(torch.uint8).expand(*query.shape[:-1], keys)
+    return seen, seen.stride()
+
+
+def _heads_inside(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> Tensor:
+    """(batch, heads, tokens, dim) over memory (batch, tokens, heads, dim): later reshapes to (heads * dim) are views."""
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

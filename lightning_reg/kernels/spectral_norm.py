@@ -1,0 +1,348 @@
+"""Triton kernels of sigma-Reparam: scale and cast a weight, its gradient, and one power iteration of many weights.
+
+A part of a weight lies in memory as M rows of N adjacent columns, LD apart. ``left`` (M) and ``right`` (N) are its
+vectors: u and v, or v and u where the output axis is the last. Sums go through memory in a fixed order, so that two
+runs agree to the bit.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_reg.kernels.operators import Unsupported
+
+TILE, WIDEST, WARPS = 2048, 256, 4  # elements of a tile, its most columns, warps for each
+PARTIALS = 512  # most partial sums of a part: each program that scales adds them all up
+BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WARPS = 16, 256, 8  # of the power iteration
+REDUCE_BLOCKS, REDUCE_COLUMNS = 32, 128
+NORM = 1024
+TINY = 1e-30
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def scaled_weight(
+    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``((gain / sigma) W, sigma, gain / sigma)``; the two scalars of each part as (parts,) float32."""
+    _check(weight, gain, u, v, dtype)
+    grid = _Grid.of(weight, u, v, transposed)
+    scaled = torch.empty_like(weight, dtype=dtype)
+    sigmas, factors = (torch.empty(len(u), dtype=torch.float32, device=weight.device) for _ in range(2))
+    partials = torch.empty(len(u), grid.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    with _on(weight):
+        _bilinear_kernel[(grid.partials, len(u))](weight, left, right, partials, *grid.sizes, num_warps=WARPS)
+        _scale_kernel[(grid.tiles, len(u))](
+            weight, gain, partials, scaled, sigmas, factors, grid.partials, *grid.sizes,
+            PARTIALS=triton.next_power_of_2(grid.partials), num_warps=WARPS,
+        )  # fmt: skip
+    return scaled, sigmas, factors
+
+
+def scaled_weight_gradients(
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, factors: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gain, in their dtypes."""
+    _check(weight, gain, u, v, grad.dtype)
+    grid, grad = _Grid.of(weight, u, v, transposed), grad.contiguous()
+    for_weight, for_gain = torch.empty_like(weight), torch.empty_like(gain)
+    partials = torch.empty(len(u), grid.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    with _on(weight):
+        _inner_kernel[(grid.partials, len(u))](grad, weight, partials, *grid.sizes, num_warps=WARPS)
+        _gradient_kernel[(grid.tiles, len(u))](
+            grad, left, right, partials, sigmas, factors, for_weight, for_gain, grid.partials, *grid.sizes,
+            PARTIALS=triton.next_power_of_2(grid.partials), num_warps=WARPS,
+        )  # fmt: skip
+    return for_weight, for_gain
+
+
+class _Grid(NamedTuple):
+    """How the parts of a weight are cut into tiles."""
+
+    tiles: int
+    partials: int
+    sizes: tuple[int, ...]  # M, N, LD, distance of two parts, tiles of a row, rows and columns of a tile
+
+    @staticmethod
+    def of(weight: Tensor, u: Tensor, v: Tensor, transposed: bool) -> "_Grid":
+        rows, columns = (v.shape[1], u.shape[1]) if transposed else (u.shape[1], v.shape[1])
+        leading = columns * len(u) if transposed else columns
+        width = min(WIDEST, triton.next_power_of_2(max(columns, 1)))
+        height = TILE // width
+        across = max(1, triton.cdiv(columns, width))
+        tiles = max(1, triton.cdiv(rows, height) * across)  # one program writes the scalars of an empty weight
+        sizes = (rows, columns, leading, columns if transposed else rows * columns, across, height, width)
+        return _Grid(tiles, min(tiles, PARTIALS), sizes)
+
+
+def _check(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> None:
+    for name, kind in (("weight", weight.dtype), ("gain", gain.dtype), ("weight in use", dtype)):
+        if kind not in _TYPES:
+            raise Unsupported(f"the {name} is {kind}")
+    if u.dtype != torch.float32 or v.dtype != torch.float32:
+        raise Unsupported(f"the singular vectors are {u.dtype} and {v.dtype}, not float32")
+    if not weight.is_contiguous():
+        raise Unsupported("the weight is not contiguous (`torch.channels_last`?)")
+    if not (gain.is_contiguous() and u.is_contiguous() and v.is_contiguous()):
+        raise Unsupported("the gain or the singular vectors are not contiguous")
+
+
+def _on(tensor: Tensor) -> Any:
+    return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def _tile(tile, M, N, LD, ACROSS, BM: tl.constexpr, BN: tl.constexpr):
+    rows = (tile // ACROSS) * BM + tl.arange(0, BM)
+    columns = (tile % ACROSS) * BN + tl.arange(0, BN)
+    offsets = rows[:, None].to(tl.int64) * LD + columns[None, :]
+    return rows, columns, offsets, (rows < M)[:, None] & (columns < N)[None, :]
+
+
+@triton.jit
+def _total(partials, part, COUNT, PARTIALS: tl.constexpr):
+    index = tl.arange(0, PARTIALS)
+    return tl.sum(tl.load(partials + part * COUNT + index, mask=index < COUNT, other=0.0))
+
+
+@triton.jit
+def _bilinear_kernel(W, left, right, partials, M, N, LD, PART, ACROSS, BM: tl.constexpr, BN: tl.constexpr):
+    # partial sums of left^T W right: a program adds up every `count`-th tile
+    start, count, part = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    base, left, right = W + part.to(tl.int64) * PART, left + part.to(tl.int64) * M, right + part.to(tl.int64) * N
+    total = tl.zeros((BM, BN), tl.float32)
+    for tile in range(start, tl.cdiv(M, BM) * ACROSS, count):
+        rows, columns, offsets, inside = _tile(tile, M, N, LD, ACROSS, BM, BN)
+        w = tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(left + rows, mask=rows < M, other=0.0)
+        b = tl.load(right + columns, mask=columns < N, other=0.0)
+        total += a[:, None] * w * b[None, :]
+    tl.store(partials + part * count + start, tl.sum(total))
+
+
+@triton.jit
+def _scale_kernel(
+    W, gain, partials, scaled, sigmas, factors, COUNT, M, N, LD, PART, ACROSS,
+    BM: tl.constexpr, BN: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    tile, part = tl.program_id(0), tl.program_id(1)
+    _, _, offsets, inside = _tile(tile, M, N, LD, ACROSS, BM, BN)
+    offsets += part.to(tl.int64) * PART
+    w = tl.load(W + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigma = _total(partials, part, COUNT, PARTIALS)
+    factor = tl.div_rn(tl.load(gain + part).to(tl.float32), sigma)
+    if tile == 0:
+        tl.store(sigmas + part, sigma)
+        tl.store(factors + part, factor)
+    tl.store(scaled + offsets, (w * factor).to(scaled.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inner_kernel(G, W, partials, M, N, LD, PART, ACROSS, BM: tl.constexpr, BN: tl.constexpr):
+    # partial sums of <G, W>
+    start, count, part = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    total = tl.zeros((BM, BN), tl.float32)
+    for tile in range(start, tl.cdiv(M, BM) * ACROSS, count):
+        _, _, offsets, inside = _tile(tile, M, N, LD, ACROSS, BM, BN)
+        offsets += part.to(tl.int64) * PART
+        g = tl.load(G + offsets, mask=inside, other=0.0).to(tl.float32)
+        total += g * tl.load(W + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partials + part * count + start, tl.sum(total))
+
+
+@triton.jit
+def _gradient_kernel(
+    G, left, right, partials, sigmas, factors, for_weight, for_gain, COUNT, M, N, LD, PART, ACROSS,
+    BM: tl.constexpr, BN: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    # dgain = <G, W> / sigma, dW = (gain / sigma) (G - dgain left right^T)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    rows, columns, offsets, inside = _tile(tile, M, N, LD, ACROSS, BM, BN)
+    offsets += part.to(tl.int64) * PART
+    g = tl.load(G + offsets, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(left + part.to(tl.int64) * M + rows, mask=rows < M, other=0.0)
+    b = tl.load(right + part.to(tl.int64) * N + columns, mask=columns < N, other=0.0)
+    dgain = tl.div_rn(_total(partials, part, COUNT, PARTIALS), tl.load(sigmas + part))
+    if tile == 0:
+        tl.store(for_gain + part, dgain.to(for_gain.dtype.element_ty))
+    dw = (g - a[:, None] * (b * dgain)[None, :]) * tl.load(factors + part)
+    tl.store(for_weight + offsets, dw.to(for_weight.dtype.element_ty), mask=inside)
+
+
+# --- power iteration -------------------------------------------------------------------------------------------------
+
+
+class Products:
+    """``left = W v`` and ``right = W^T left`` of many matrices, in two launches and one pass over them per dtype.
+
+    Args:
+        matrices: (rows, columns) each, with adjacent columns; they may be empty.
+        v: (columns,) float32 each.
+        left: Results (rows,) float32.
+        right: Results (columns,) float32.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Tensor], v: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]
+    ) -> None:
+        alike: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
+        for entry in zip(matrices, v, left, right, strict=True):
+            alike.setdefault(entry[0].dtype, []).append(entry)
+        self._groups = [_Group(entries) for entries in alike.values()]
+
+    def __call__(self) -> None:
+        """Compute all."""
+        for group in self._groups:
+            group()
+
+
+class _Group:
+    """Matrices of one dtype, found by the kernels through a table of their addresses."""
+
+    def __init__(self, entries: list[tuple[Tensor, ...]]) -> None:
+        matrices = [entry[0] for entry in entries]
+        _check_group(entries)
+        self.kept, self.element = entries, _TYPES[matrices[0].dtype]  # alive as long as their addresses are used
+        blocks = [triton.cdiv(len(matrix), BLOCK_ROWS) for matrix in matrices]
+        spans = [triton.cdiv(matrix.shape[1], REDUCE_COLUMNS) for matrix in matrices]
+        scratch = [count * matrix.shape[1] for count, matrix in zip(blocks, matrices)]
+        rows = [
+            (*(tensor.data_ptr() for tensor in entry), *entry[0].shape, entry[0].stride(0), count, *firsts)
+            for entry, count, *firsts in zip(entries, blocks, *map(_starts, (blocks, spans, scratch)))
+        ]
+        device = matrices[0].device
+        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.scratch = torch.empty(sum(scratch), dtype=torch.float32, device=device)
+        self.blocks, self.spans = _owners(blocks, device), _owners(spans, device)
+
+    def __call__(self) -> None:
+        with _on(self.table):
+            if len(self.blocks):
+                _products_kernel[(len(self.blocks),)](
+                    self.table, self.blocks, self.scratch, ELEMENT=self.element,
+                    BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=BLOCK_WARPS,
+                )  # fmt: skip
+            if len(self.spans):
+                _reduce_kernel[(len(self.spans),)](
+                    self.table, self.spans, self.scratch, BM=REDUCE_BLOCKS, BN=REDUCE_COLUMNS, num_warps=4
+                )
+
+
+def _check_group(entries: list[tuple[Tensor, ...]]) -> None:
+    for matrix, *vectors in entries:
+        if matrix.dtype not in _TYPES or any(vector.dtype != torch.float32 for vector in vectors):
+            raise Unsupported(f"a weight is {matrix.dtype} and its singular vectors {vectors[0].dtype}")
+        if (matrix.shape[1] > 1 and matrix.stride(1) != 1) or any(vector.stride(0) != 1 for vector in vectors):
+            raise Unsupported("the columns of a weight, or its singular vectors, are not adjacent in memory")
+
+
+class Normalise:
+    """Pieces of a float32 buffer, each divided by its norm, written to ``outputs``.
+
+    Args:
+        flat: The pieces, one after the other.
+        sizes: Their lengths.
+        outputs: Where they go.
+    """
+
+    def __init__(self, flat: Tensor, sizes: Sequence[int], outputs: Sequence[Tensor]) -> None:
+        if any(output.dtype != torch.float32 or output.stride(0) != 1 for output in outputs):
+            raise Unsupported("the singular vectors are not contiguous float32")
+        self.flat, self.outputs = flat, list(outputs)
+        rows = list(zip(_starts(sizes), sizes, (output.data_ptr() for output in outputs), strict=True))
+        self.table = torch.tensor(rows, dtype=torch.int64).to(flat.device)
+
+    def __call__(self) -> None:
+        """Normalise all."""
+        with _on(self.flat):
+            _normalise_kernel[(len(self.outputs),)](self.table, self.flat, TINY=TINY, BLOCK=NORM, num_warps=4)
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [0, *accumulate(counts)][:-1]
+
+
+def _owners(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Index of the matrix of each program."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device, torch.int32)
+
+
+FIELDS = tl.constexpr(11)  # matrix, v, left, right, M, N, LD, blocks, first block, first span, place in scratch
+
+
+@triton.jit
+def _products_kernel(table, owners, scratch, ELEMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    # BM rows: y = W v and their share of W^T y; the second time the rows come from the cache
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program) * FIELDS
+    W = tl.load(entry).to(tl.pointer_type(ELEMENT))
+    v = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
+    left = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    M, N, LD = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+    block = program - tl.load(entry + 8)
+    rows = block * BM + tl.arange(0, BM)
+    W += rows[:, None] * LD
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, N, BN):
+        columns = start + tl.arange(0, BN)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        w = tl.load(W + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += w * tl.load(v + columns, mask=columns < N, other=0.0)[None, :]
+    y = tl.sum(total, 1)
+    tl.store(left + rows, y, mask=rows < M)
+    scratch += tl.load(entry + 10) + block * N
+    for start in range(0, N, BN):
+        columns = start + tl.arange(0, BN)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        w = tl.load(W + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(scratch + columns, tl.sum(w * y[:, None], 0), mask=columns < N)
+
+
+@triton.jit
+def _reduce_kernel(table, owners, scratch, BM: tl.constexpr, BN: tl.constexpr):
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program) * FIELDS
+    right = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    N, blocks = tl.load(entry + 5), tl.load(entry + 7)
+    columns = (program - tl.load(entry + 9)) * BN + tl.arange(0, BN)
+    scratch += tl.load(entry + 10)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, blocks, BM):
+        rows = start + tl.arange(0, BM)
+        inside = (rows < blocks)[:, None] & (columns < N)[None, :]
+        total += tl.load(scratch + rows[:, None] * N + columns[None, :], mask=inside, other=0.0)
+    tl.store(right + columns, tl.sum(total, 0), mask=columns < N)
+
+
+@triton.jit
+def _normalise_kernel(table, flat, TINY: tl.constexpr, BLOCK: tl.constexpr):
+    # first to a largest entry of 1: the squares of W^T W v would leave the range of float32
+    row = table + tl.program_id(0) * 3
+    flat += tl.load(row)
+    size = tl.load(row + 1)
+    output = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(flat + index, mask=index < size, other=0.0)))
+    scale = tl.maximum(tl.max(largest), TINY)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        x = tl.div_rn(tl.load(flat + index, mask=index < size, other=0.0), scale)
+        squares += x * x
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(squares)), TINY)
+    for start in range(0, size, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        x = tl.div_rn(tl.load(flat + index, mask=index < size, other=0.0), scale)
+        tl.store(output + index, tl.div_rn(x, norm), mask=index < size)
