@@ -5,11 +5,11 @@ EXPERIMENT ?= quickstart
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint bench clean
+.PHONY: help install train test lint bench bench-gpu clean
 
 help: ## show this help
 	@echo "lightning_reg: training-time regularization for any LightningModule"
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 	@echo
 	@echo '  make train EXPERIMENT=fashion_mnist ARGS="seed=1 logger=csv"'
 	@echo '  experiments: $(basename $(notdir $(wildcard conf/experiment/*.yaml)))'
@@ -29,6 +29,17 @@ lint: install ## ruff and mypy
 
 bench: install ## what each callback costs in time and memory, on this machine
 	$(BIN)/python -m experiments.benchmarks.overhead $(ARGS)
+
+bench-gpu: install ## the same on a GPU, for larger models and for the kernels, and the page of its results
+	$(BIN)/python -m experiments.benchmarks.steps --model vit gpt2-1k gpt2-4k gpt2-16k llama bag $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.steps --model vit gpt2-1k llama --mode compiled \
+		--arms none entropy sigma density all entropy/usual sigma/usual density/usual all/usual $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.steps --growth length layers width \
+		--arms none entropy sigma density all entropy/usual sigma/usual density/usual $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.attention
+	@if [ $$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())') -gt 1 ]; then \
+		$(BIN)/torchrun --nproc-per-node 2 -m experiments.benchmarks.distributed; fi
+	$(BIN)/python -m experiments.benchmarks.page
 
 clean: ## remove .venv and all outputs
 	rm -rf $(VENV) outputs

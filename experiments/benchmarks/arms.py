@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from experiments.benchmarks import usual
 from lightning_reg import regularize
@@ -70,11 +71,15 @@ class Regularized(Addition):
         return self._regularizers.add(loss)
 
     def resume(self) -> None:
-        """Watch attention again."""
+        """Watch attention and optimizers again."""
+        if self._regularizers._optimizer_hook is None:
+            self._regularizers._optimizer_hook = register_optimizer_step_post_hook(self._regularizers._count)
         Engine.of(self.model).begin()
 
     def pause(self) -> None:
-        """Give torch's attention back."""
+        """Give torch's attention back; the hook on optimizers would be called for those of other models too."""
+        self._regularizers._optimizer_hook.remove()
+        self._regularizers._optimizer_hook = None
         Engine.of(self.model).disarm()
 
     def close(self) -> None:

@@ -159,7 +159,6 @@ def _clip_error(task: Task, device: torch.device) -> float:
     addition = Regularized(model, [QKClip(threshold=threshold)])
     task.loss(model, batch).backward()
     torch.optim.SGD(model.parameters(), lr=0.0).step()
-    addition.pause()
     addition.close()
     after = _largest_logits(task, model, batch)
     shared = before.unflatten(-1, (task.key_heads or task.heads, -1)).amax(-1, keepdim=True)

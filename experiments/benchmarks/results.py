@@ -27,7 +27,7 @@ def provenance(commit: str | None = None) -> Row:
         commit: Of the checkout, where it is not a git repository.
     """
     info = run_info()
-    versions = [info["versions"], *(f"{name} {_version(name)}" for name in ("triton", "transformers"))]
+    versions = [*info["versions"].split(", "), *(f"{name} {_version(name)}" for name in ("triton", "transformers"))]
     if torch.version.cuda:
         versions.append(f"CUDA {torch.version.cuda}")
     return {

@@ -6,6 +6,7 @@ process and take turns. What the file holds already for the same code and hardwa
 """
 
 import argparse
+import gc
 import statistics
 import time
 import warnings
@@ -170,6 +171,7 @@ def _measure_loops(task: Task, arms: Sequence[Arm], mode: Mode, settings: Settin
         release(settings.device)
         state = f"no numbers, {found[arm.name]['error']}" if arm.name not in alive else "ready"
         print(f"{task.name}, {mode}, {arm.name}: {state}, {time.perf_counter() - start:.0f} s", flush=True)
+    gc.freeze()  # a collection looks at the objects of one model's steps, not at all models
     hosts: dict[str, list[float]] = {name: [] for name in alive}
 
     def block(name: str) -> float:
@@ -178,6 +180,7 @@ def _measure_loops(task: Task, arms: Sequence[Arm], mode: Mode, settings: Settin
         return seconds
 
     times = alternate({name: partial(block, name) for name in alive}, settings.rounds, settings.budget)
+    gc.unfreeze()
     for name, training in alive.items():
         if training.compiler.graphs != found[name]["graphs"]:
             found[name]["error"] = "was compiled again while it was timed"

@@ -55,7 +55,10 @@ class Training:
         weight: Factor on the weights of penalties.
         bf16: Whether the forward is autocast.
         sharp: Whether attention is sharpened, as checks want it.
+        wrap: What makes it parallel.
+        batches: Those of the task when left out.
         optimizer: From parameters to an optimizer.
+        arguments: Of the optimizer.
     """
 
     def __init__(
@@ -68,14 +71,17 @@ class Training:
         weight: float = 1.0,
         bf16: bool = True,
         sharp: bool = False,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        batches: list[Batch] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         **arguments: Any,
     ) -> None:
         self.task, self.device, self.bf16 = task, device, bf16
         self.model = new_model(task, device, sharp)
-        self.batches = task.batches(device)
+        self.batches = batches or task.batches(device)
         # first: code compiled before is compiled anew when a regularizer comes
         self.addition = attach(self.model, weight)
+        self.called = wrap(self.model) if wrap else self.model
         self.compiler = Compiler()
         self.breaks: list[str] = []
         if mode != "eager":
@@ -91,7 +97,7 @@ class Training:
         """What the next step differentiates."""
         batch: Batch = self.batches[self.steps % len(self.batches)]
         with autocast(self.device, self.bf16):
-            loss = self.task.loss(self.model, batch)
+            loss = self.task.loss(self.called, batch)
         return self.addition.add(loss)
 
     def step(self) -> None:

@@ -57,7 +57,7 @@ class _Layer:
         if self.seen.device != largest.device:
             self.seen = self.seen.to(largest.device)
         # in place: compiled code sees one tensor in every step
-        self.seen.copy_(torch.maximum(self.seen, largest.to(self.seen.dtype)))
+        self.seen.clamp_min_(largest.to(self.seen.dtype))
 
     def alike(self) -> tuple:
         """Layers of which this is equal get their factors in one computation."""

@@ -150,11 +150,14 @@ class SigmaReparam(Callback):
 
     def detach(self, model: nn.Module) -> None:
         """Merge ``model`` back; no-op when nothing is attached."""
+        self._updates = reparam.Updates([])
         reparam.merge_sigma_reparam(model)
 
     def after_step(self, model: nn.Module) -> None:
         """One power iteration, after an optimizer step."""
-        reparam.update_sigma_reparam(model)
+        if not self._updates.layers:
+            self._updates = reparam.Updates(reparam.unique_layers(reparam.find_layers(model)))
+        self._updates.step()
 
     # --- with a Trainer ---
 

@@ -2,7 +2,8 @@
 
 What the graph keeps for the activation's own backward, its input, is enough for both: the tap takes that input in its
 own node beside the activation's, which is then left with the other users of x, if any. Where anything could tell the
-difference, nothing is found and the tap follows the activation.
+difference, nothing is found and the tap follows the activation. Only a hook put on x after its tap comes too late: it
+sees what the other users of x send. ReLU keeps its output only, from which no way leads to what entered it.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,8 +46,7 @@ def producer(x: Tensor) -> tuple[str, tuple[Tensor, ...]]:
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or not _untouched(x):
         return "", ()
-    # a checkpoint keeps nothing to be read, and repeats the forward if one tries
-    if unavailable(x) is not None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if unavailable(x) is not None or _saving_is_hooked():
         return "", ()
     name, pre = _activation(x)
     if pre is not None:
@@ -105,6 +105,12 @@ def _saved(node: Any, name: str) -> Tensor | None:
     except (AttributeError, RuntimeError):
         pass
     return None
+
+
+def _saving_is_hooked() -> bool:
+    """Whether a checkpoint or the like decides what is kept, which repeats the forward if one tries to read it."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None  # before torch 2.8 nothing tells
 
 
 def _untouched(x: Tensor) -> bool:

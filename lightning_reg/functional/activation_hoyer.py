@@ -20,7 +20,8 @@ Where it acts
 Default and why
     Divided by the width, so that a weight does not depend on it.
 Cost
-    One pass forward and one backward, with two numbers for each token; keeps only ``x``.
+    One pass forward and one backward; keeps only ``x`` and three numbers for each token. On a GPU, where ``x`` comes
+    straight from GELU or SiLU or is gated by one, the backward pass is that of the activation and free.
 When it hurts
     Small tokens count as much as large ones. A dead ReLU has no gradient. With a floor far below all activations each
     stands about equally high above it: the value is near 1 and the pull weak.

@@ -26,8 +26,9 @@ Default and why
     Bound 50: an order below 1e3, where small models get worse, and half of QK-clip's threshold, which leaves healthy
     heads alone.
 Cost
-    From queries and keys: one matrix product forward and three backward, in blocks as ``attention_entropy`` does, of
-    which the forward is one kernel on a GPU; memory linear in the number of tokens. Computed in float32 (float64 stays).
+    From queries and keys: one matrix product forward and three backward, in blocks as ``attention_entropy`` does, or
+    in kernels on a GPU, where rows without a gradient cost nothing in backward; the gradient of a learned bias is taken
+    in blocks also there. Memory linear in the number of tokens. Computed in float32 (float64 stays).
 When it hurts
     The gradient of the squared hinge grows with the excess: clip gradients when a run starts far above the bound. Heads
     that point (induction, copying) need large logits: a low bound makes them worse. ``z^2`` has its minimum where
@@ -187,8 +188,16 @@ class _LogitRows(torch.autograd.Function):
         query, key, bias, mask, rows = ctx.saved_tensors
         with_bias = bias is not None and ctx.needs_input_grad[2]
         logits = _Logits(query, key, bias, mask, *ctx.arguments)
-        for_query, for_key, for_bias = logits.pulls(rows, grad, ctx.statistic, with_bias)
-        for_bias = None if for_bias is None else for_bias.to(bias.dtype)
+        if with_bias or torch.is_grad_enabled():  # a kernel knows neither a bias's gradient nor its own derivative
+            for_query, for_key, for_bias = logits.pulls(rows, grad, ctx.statistic, with_bias)
+            for_bias = None if for_bias is None else for_bias.to(bias.dtype)
+        else:
+            shape, for_bias = logits.query.shape[:3], None
+            for_query, for_key = _pulls(
+                logits.query, logits.key, logits.bias, logits.mask, rows.reshape(shape), grad.reshape(shape),
+                *ctx.arguments, ctx.statistic,
+            )  # fmt: skip
+            for_query, for_key = for_query.reshape(query.shape), for_key.reshape(key.shape)
         return for_query.to(query.dtype), for_key.to(key.dtype), for_bias, None, None, None, None
 
 
@@ -202,6 +211,17 @@ def _rows(
 ) -> Tensor:
     """``m`` or ``z`` of every row, (B, H, M), from (B, H, M, D) and (B, G, N, D)."""
     return _Logits(query, key, bias, mask, scale, is_causal).rows(statistic)  # type: ignore[arg-type]
+
+
+@operator("attention_logits.backward")
+def _pulls(
+    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, rows: Tensor, grad: Tensor, scale: float,
+    is_causal: bool, statistic: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient of ``(rows * grad).sum()``, (B, H, M), in (B, H, M, D) and (B, G, N, D)."""
+    logits = _Logits(query, key, bias, mask, scale, is_causal)
+    for_query, for_key, _ = logits.pulls(rows, grad, statistic, False)  # type: ignore[arg-type]
+    return for_query.to(query.dtype), for_key.to(key.dtype)
 
 
 class _Logits(Scores):

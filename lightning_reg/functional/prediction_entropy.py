@@ -96,13 +96,27 @@ class _PredictionEntropy(torch.autograd.Function):
         return total.reshape(x.shape), None
 
 
-@operator("prediction_entropy.forward", inline=True)
+def _like_entropies(x: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
+    entropy = upcast(x[:, 0])
+    return torch.empty_like(entropy), entropy.new_empty(0 if multi_label else len(x), 2)
+
+
+@operator("prediction_entropy.forward", fake=_like_entropies)
 def _entropies(x: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
-    """Entropies (positions,) of logits (positions, classes), and what a kernel keeps beside them; nothing here."""
+    """Entropies (positions,) of logits (positions, classes), and what normalizes a softmax, for a kernel.
+
+    That is the largest logit and the logarithm of the sum of exponentials beyond it, (positions, 2); nothing where no
+    kernel could ask for it.
+    """
     entropy = upcast(x[:, 0]).clone()
+    normalizer = entropy.new_empty(0 if multi_label or x.device.type == "cpu" else len(x), 2)
     for part in row_chunks(x):
-        entropy[part] = (_of_sigmoids if multi_label else _of_softmax)(upcast(x[part]))
-    return entropy, entropy.new_empty(0, 2)
+        exact = upcast(x[part])
+        entropy[part] = (_of_sigmoids if multi_label else _of_softmax)(exact)
+        if len(normalizer):
+            normalizer[part, 0] = exact.amax(-1)
+            normalizer[part, 1] = (exact - normalizer[part, :1]).logsumexp(-1)
+    return entropy, normalizer
 
 
 def _gradient(
@@ -118,7 +132,7 @@ def _gradient(
     return total
 
 
-_fast_gradient = operator("prediction_entropy.backward", inline=True)(_gradient)
+_fast_gradient = operator("prediction_entropy.backward", fake=lambda x, *args: torch.empty_like(x))(_gradient)
 
 
 def _log_probs(x: Tensor) -> Tensor:

@@ -29,15 +29,18 @@ Not together with
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.kernels import operators
 from lightning_reg.kernels.operators import Unsupported, operator, unavailable, warn_once
 
 GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram matrix is the cheaper exact way
 TINY = 1e-30
+TRITON = find_spec("triton") is not None
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -297,46 +300,63 @@ class _SpectralReparam(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
     ) -> Tensor:
-        scaled, sigmas, factors = scaled_weight(weight, gain, u, v, transposed, dtype)
-        ctx.save_for_backward(weight, gain, u, v, sigmas, factors)
+        if _traced_with_kernels(weight, gain, u, v, dtype):
+            from lightning_reg.kernels.spectral_norm import compiled_scaled_weight as scale
+        else:
+            scale = scaled_weight
+        scaled, sigmas = scale(weight, gain, u, v, transposed, dtype)
+        ctx.save_for_backward(weight, gain, u, v, sigmas)
         ctx.transposed = transposed
         return scaled
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, sigmas, factors = ctx.saved_tensors
+        weight, gain, u, v, sigmas = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative passes through sigma too
             with _full_precision(weight):
-                sigmas, factors = _scales(_parts(weight, gain, u, v, ctx.transposed), gain)
+                sigmas = _sigmas(_parts(weight, gain, u, v, ctx.transposed))
             gradients = _gradients
+        elif _traced_with_kernels(weight, gain, u, v, grad.dtype):
+            from lightning_reg.kernels.spectral_norm import compiled_scaled_weight_gradients as gradients
         else:
             gradients = scaled_weight_gradients
-        return *gradients(grad, weight, gain, u, v, sigmas, factors, ctx.transposed), None, None, None, None
+        return *gradients(grad, weight, gain, u, v, sigmas, ctx.transposed), None, None, None, None
+
+
+def _traced_with_kernels(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> bool:
+    """Whether code is being compiled whose kernels can be part of it."""
+    if not (torch.compiler.is_compiling() and weight.is_cuda and TRITON) or operators._off:
+        return False
+    from lightning_reg.kernels.spectral_norm import unsupported
+
+    return unsupported(weight, gain, u, v, dtype) is None
 
 
 @operator("spectral_norm.scaled_weight", inline=True)
 def scaled_weight(
     weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``((gain / sigma) W, sigma, gain / sigma)``: the weight in ``dtype``, the scalars as (parts,).
+) -> tuple[Tensor, Tensor]:
+    """``((gain / sigma) W, sigma)``: the weight in ``dtype``, sigma (parts,).
 
     Written for few operations, as is its gradient: on small layers each costs more than its arithmetic.
     """
     with _full_precision(weight):
         parts = _parts(weight, gain, u, v, transposed)
-        sigmas, factors = _scales(parts, gain)
-        scaled = [part[0] * factor for part, factor in zip(parts, _each(factors), strict=True)]
-        return _as_weight(scaled, weight, transposed, dtype), sigmas, factors
+        sigmas = _sigmas(parts)
+        factors = _each(_exact(gain) / sigmas)
+        scaled = [matrix * factor for (matrix, _, _), factor in zip(parts, factors, strict=True)]
+        return _as_weight(scaled, weight, transposed, dtype), sigmas
 
 
 def _gradients(
-    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, factors: Tensor, transposed: bool
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain, in their dtypes."""
     with _full_precision(weight):
         for_gain, for_weight = [], []
         parts, grads = _parts(weight, gain, u, v, transposed), _matrices(_exact(grad), len(gain), transposed)
-        for (matrix, u, v), grad, sigma, factor in zip(parts, grads, _each(sigmas), _each(factors), strict=True):
+        scalars = _each(sigmas), _each(_exact(gain) / sigmas)
+        for (matrix, u, v), grad, sigma, factor in zip(parts, grads, *scalars, strict=True):
             for_gain.append(_inner(grad, matrix) / sigma)
             for_weight.append(torch.addr(grad, u, v * for_gain[-1], alpha=-1.0).mul_(factor))
         of_gain = for_gain[0] if len(for_gain) == 1 else torch.stack(for_gain)
@@ -356,11 +376,10 @@ def _parts(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool)
     return list(zip(matrices, u.unbind(), v.unbind(), strict=True))
 
 
-def _scales(parts: list[tuple[Tensor, Tensor, Tensor]], gain: Tensor) -> tuple[Tensor, Tensor]:
-    """``(sigma, gain / sigma)``, (parts,) each."""
+def _sigmas(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """``u^T W v`` of each part, (parts,)."""
     each = [torch.dot(u, torch.mv(matrix, v)) for matrix, u, v in parts]
-    sigmas = each[0].view(1) if len(each) == 1 else torch.stack(each)
-    return sigmas, _exact(gain) / sigmas
+    return each[0].view(1) if len(each) == 1 else torch.stack(each)
 
 
 def _each(scalars: Tensor) -> tuple[Tensor, ...]:

@@ -12,13 +12,13 @@ SMALLEST_EPSILON = 1e-30  # as in ``functional.activation_density``
 def density(x: Tensor, mask: Tensor | None, inverse: Tensor | None, fixed: float) -> Tensor:
     """Mean over valid elements of ``1 - 1 / (1 + x^2 inverse)``, a float32 scalar."""
     reduction.check(x)
-    return reduction.mean(reduction.sums(x, mask, "density", inverse=inverse, fixed=fixed)[0], x, mask)
+    return reduction.means(x, mask, "density", inverse=inverse, fixed=fixed)[0]
 
 
 def relative_inverse(x: Tensor, mask: Tensor | None, epsilon: float) -> Tensor:
     """1 / (epsilon times the mean of ``x^2`` over valid elements), a float32 scalar."""
     reduction.check(x)
-    square = reduction.mean(reduction.sums(x, mask, "square")[0], x, mask)
+    square = reduction.means(x, mask, "square")[0]
     return square.mul_(epsilon).clamp_min_(SMALLEST_EPSILON).reciprocal_()
 
 

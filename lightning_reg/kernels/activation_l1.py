@@ -10,8 +10,7 @@ from lightning_reg.kernels import reduction
 def means(x: Tensor, mask: Tensor | None, floor: float | None, square: bool) -> list[Tensor]:
     """Mean over valid elements of ``|x|``, or of its height above ``floor``, and of its square with ``square``."""
     reduction.check(x)
-    totals = reduction.sums(x, mask, "l1", square=square, floor=floor)
-    return [reduction.mean(total, x, mask) for total in totals[: 1 + square]]
+    return reduction.means(x, mask, "l1", square=square, floor=floor)
 
 
 def add_gradient(

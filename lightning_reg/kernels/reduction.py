@@ -39,22 +39,17 @@ def check(*tensors: Tensor | None) -> None:
             raise Unsupported(f"its kernel computes in float32 and was given {tensor.dtype}")
 
 
-def mean(total: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """``total`` divided by the number of valid elements."""
-    return total / (max(1, x.numel()) if mask is None else (mask.sum() * x.shape[-1]).clamp_min_(1))
-
-
-def sums(
+def means(
     x: Tensor, mask: Tensor | None, quantity: str, *, square: bool = False, inverse: Tensor | None = None,
     fixed: float = 0.0, floor: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum of a quantity over valid elements and, with ``square``, of the squares; float32 scalars.
+) -> list[Tensor]:  # fmt: skip
+    """Mean of a quantity over valid elements and, with ``square``, of the squares; float32 scalars.
 
     Args:
         x: Activations (..., width).
         mask: Valid tokens (..., 1), True = valid.
         quantity: "density", "l1" or "square".
-        square: Sum the squares too.
+        square: Give the mean square too.
         inverse: 1 / epsilon as a scalar tensor; ``fixed`` where it is None.
         fixed: 1 / epsilon.
         floor: Measure how far x stands above it.
@@ -62,16 +57,17 @@ def sums(
     x = x.contiguous()
     rows, width, tile = _layout(x, mask is not None, SUM_TILE)
     tiles = triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]) if x.numel() else 0
-    partial = x.new_empty((1 + square, triton.cdiv(tiles, SUM_TILES)), dtype=torch.float32)
+    partials = [x.new_empty(triton.cdiv(tiles, SUM_TILES), dtype=torch.float32) for _ in range(1 + square)]
     if tiles:
         with torch.cuda.device_of(x):
-            _sum_kernel[partial.shape[1:]](
-                x, _bytes(mask), inverse, partial, rows, width, fixed, 0.0 if floor is None else floor,
-                QUANTITY=quantity, SQUARE=square, MASKED=mask is not None, SCALED=inverse is not None,
-                FLOOR=floor is not None, TILES=SUM_TILES, ROWS=tile[0], COLUMNS=tile[1], num_warps=SUM_WARPS,
+            _sum_kernel[partials[0].shape](
+                x, _bytes(mask), inverse, partials[0], partials[-1], rows, width, fixed,
+                0.0 if floor is None else floor, QUANTITY=quantity, SQUARE=square, MASKED=mask is not None,
+                SCALED=inverse is not None, FLOOR=floor is not None, TILES=SUM_TILES, ROWS=tile[0], COLUMNS=tile[1],
+                num_warps=SUM_WARPS,
             )  # fmt: skip
-    total = partial.sum(-1)
-    return total[0], total[-1]
+    count = max(1, x.numel()) if mask is None else (mask.sum() * x.shape[-1]).clamp_min_(1)
+    return [partial.sum() / count for partial in partials]
 
 
 def add(
@@ -165,9 +161,9 @@ def _above(x, floor, FLOOR: tl.constexpr):
 
 @triton.jit
 def _sum_kernel(
-    x_ptr, mask_ptr, inverse_ptr, partial_ptr, rows, width, fixed, floor, QUANTITY: tl.constexpr, SQUARE: tl.constexpr,
-    MASKED: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x_ptr, mask_ptr, inverse_ptr, partial_ptr, square_ptr, rows, width, fixed, floor, QUANTITY: tl.constexpr,
+    SQUARE: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = _backwards()
     inverse = tl.load(inverse_ptr) if SCALED else fixed
@@ -190,7 +186,7 @@ def _sum_kernel(
             square += x * x
     tl.store(partial_ptr + program, tl.sum(total))
     if SQUARE:
-        tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(square))
+        tl.store(square_ptr + program, tl.sum(square))
 
 
 @triton.jit

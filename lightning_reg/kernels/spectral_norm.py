@@ -6,13 +6,15 @@ runs agree to the bit.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from lightning_reg.kernels.operators import Unsupported
 
@@ -31,74 +33,138 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 def scaled_weight(
     weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``((gain / sigma) W, sigma, gain / sigma)``; the two scalars of each part as (parts,) float32."""
-    _check(weight, gain, u, v, dtype)
-    grid = _Grid.of(weight, u, v, transposed)
-    scaled = torch.empty_like(weight, dtype=dtype)
-    sigmas, factors = (torch.empty(len(u), dtype=torch.float32, device=weight.device) for _ in range(2))
-    partials = torch.empty(len(u), grid.partials, dtype=torch.float32, device=weight.device)
+) -> tuple[Tensor, Tensor]:
+    """``((gain / sigma) W, sigma)``: the weight in ``dtype``, sigma (parts,) in float32."""
+    plan = _plan(weight, gain, u, v, transposed, dtype)
+    scaled, sigmas = torch.empty_like(weight, dtype=dtype), torch.empty(len(u), dtype=u.dtype, device=u.device)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
     left, right = (v, u) if transposed else (u, v)
-    with _on(weight):
-        _bilinear_kernel[(grid.partials, len(u))](weight, left, right, partials, *grid.sizes, num_warps=WARPS)
-        _scale_kernel[(grid.tiles, len(u))](
-            weight, gain, partials, scaled, sigmas, factors, grid.partials, *grid.sizes,
-            PARTIALS=triton.next_power_of_2(grid.partials), num_warps=WARPS,
-        )  # fmt: skip
-    return scaled, sigmas, factors
+    with on_device(weight):
+        plan.bilinear(weight, left, right, partials)
+        plan.scale(weight, gain, partials, scaled, sigmas)
+    return scaled, sigmas
 
 
 def scaled_weight_gradients(
-    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, factors: Tensor, transposed: bool
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain, in their dtypes."""
-    _check(weight, gain, u, v, grad.dtype)
-    grid, grad = _Grid.of(weight, u, v, transposed), grad.contiguous()
+    plan, grad = _plan(weight, gain, u, v, transposed, grad.dtype), grad.contiguous()
     for_weight, for_gain = torch.empty_like(weight), torch.empty_like(gain)
-    partials = torch.empty(len(u), grid.partials, dtype=torch.float32, device=weight.device)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
     left, right = (v, u) if transposed else (u, v)
-    with _on(weight):
-        _inner_kernel[(grid.partials, len(u))](grad, weight, partials, *grid.sizes, num_warps=WARPS)
-        _gradient_kernel[(grid.tiles, len(u))](
-            grad, left, right, partials, sigmas, factors, for_weight, for_gain, grid.partials, *grid.sizes,
-            PARTIALS=triton.next_power_of_2(grid.partials), num_warps=WARPS,
-        )  # fmt: skip
+    with on_device(weight):
+        plan.inner(grad, weight, partials)
+        plan.gradient(grad, gain, left, right, partials, sigmas, for_weight, for_gain)
     return for_weight, for_gain
 
 
-class _Grid(NamedTuple):
-    """How the parts of a weight are cut into tiles."""
+# what compiled code calls: its launches become part of the compiled program, those of a custom operator would not
 
-    tiles: int
-    partials: int
-    sizes: tuple[int, ...]  # M, N, LD, distance of two parts, tiles of a row, rows and columns of a tile
 
-    @staticmethod
-    def of(weight: Tensor, u: Tensor, v: Tensor, transposed: bool) -> "_Grid":
-        rows, columns = (v.shape[1], u.shape[1]) if transposed else (u.shape[1], v.shape[1])
-        leading = columns * len(u) if transposed else columns
+@triton_op("lightning_reg::compiled_scaled_weight", mutates_args=())
+def compiled_scaled_weight(
+    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``scaled_weight`` in compiled code."""
+    plan = _plan(weight, gain, u, v, transposed, dtype)
+    scaled, sigmas = torch.empty_like(weight, dtype=dtype), torch.empty(len(u), dtype=u.dtype, device=u.device)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    first, second = plan.bilinear, plan.scale
+    wrap_triton(_bilinear_kernel)[first.grid](weight, left, right, partials, *first.scalars, num_warps=WARPS)
+    wrap_triton(_scale_kernel)[second.grid](weight, gain, partials, scaled, sigmas, *second.scalars, num_warps=WARPS)
+    return scaled, sigmas
+
+
+@triton_op("lightning_reg::compiled_scaled_weight_gradients", mutates_args=())
+def compiled_scaled_weight_gradients(
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """``scaled_weight_gradients`` in compiled code."""
+    plan, grad = _plan(weight, gain, u, v, transposed, grad.dtype), grad.contiguous()
+    for_weight, for_gain = torch.empty_like(weight), torch.empty_like(gain)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    first, second = plan.inner, plan.gradient
+    wrap_triton(_inner_kernel)[first.grid](grad, weight, partials, *first.scalars, num_warps=WARPS)
+    wrap_triton(_gradient_kernel)[second.grid](
+        grad, gain, left, right, partials, sigmas, for_weight, for_gain, *second.scalars, num_warps=WARPS
+    )
+    return for_weight, for_gain
+
+
+class _Plan:
+    """How the parts of a weight are cut into tiles, and the launches over them."""
+
+    def __init__(self, rows: int, columns: int, parts: int, transposed: bool) -> None:
         width = min(WIDEST, triton.next_power_of_2(max(columns, 1)))
         height = TILE // width
         across = max(1, triton.cdiv(columns, width))
         tiles = max(1, triton.cdiv(rows, height) * across)  # one program writes the scalars of an empty weight
-        sizes = (rows, columns, leading, columns if transposed else rows * columns, across, height, width)
-        return _Grid(tiles, min(tiles, PARTIALS), sizes)
+        count = min(tiles, PARTIALS)
+        leading, step = (columns * parts, columns) if transposed else (columns, rows * columns)
+        sizes = (rows, columns, leading, step, across, height, width)
+        summed = (count, *sizes, triton.next_power_of_2(count))
+        self.partials = parts * count
+        self.bilinear = Launch(_bilinear_kernel, (count, parts, 1), sizes, WARPS)
+        self.scale = Launch(_scale_kernel, (tiles, parts, 1), summed, WARPS)
+        self.inner = Launch(_inner_kernel, (count, parts, 1), sizes, WARPS)
+        self.gradient = Launch(_gradient_kernel, (tiles, parts, 1), summed, WARPS)
 
 
-def _check(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> None:
-    for name, kind in (("weight", weight.dtype), ("gain", gain.dtype), ("weight in use", dtype)):
-        if kind not in _TYPES:
-            raise Unsupported(f"the {name} is {kind}")
+class Launch:
+    """A kernel over one grid with the same scalars, for tensors of one dtype each and one device.
+
+    What Triton looks up at every launch it looks up once here: on a slow host that costs as much as the arithmetic.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], scalars: tuple[int, ...], warps: int) -> None:
+        self.kernel, self.grid, self.scalars, self.warps = kernel, grid, scalars, warps
+        self.launch: Any = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch on ``tensors``."""
+        aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+        if self.launch is not None and aligned:
+            self.launch(*tensors, *self.scalars)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.scalars, num_warps=self.warps)
+        if compiled is not None and aligned:  # the interpreter compiles nothing
+            self.launch = compiled[self.grid]
+
+
+_plans: dict[Any, _Plan] = {}
+
+
+def _plan(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype) -> _Plan:
+    """The plan for tensors of these shapes and dtypes; ``dtype`` is that of the weight in use."""
+    if reason := unsupported(weight, gain, u, v, dtype):
+        raise Unsupported(reason)
+    key = u.shape, v.shape, transposed, weight.dtype, gain.dtype, u.dtype, dtype, weight.device
+    if (plan := _plans.get(key)) is None:
+        rows, columns = (v.shape[1], u.shape[1]) if transposed else (u.shape[1], v.shape[1])
+        plan = _plans[key] = _Plan(rows, columns, len(u), transposed)
+    return plan
+
+
+def unsupported(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take these; ``dtype`` is that of the weight in use or of its gradient."""
+    if weight.dtype not in _TYPES or gain.dtype not in _TYPES or dtype not in _TYPES:
+        return f"the weight is {weight.dtype}, its gain {gain.dtype} and the weight in use {dtype}"
     if u.dtype != torch.float32 or v.dtype != torch.float32:
-        raise Unsupported(f"the singular vectors are {u.dtype} and {v.dtype}, not float32")
+        return f"the singular vectors are {u.dtype} and {v.dtype}, not float32"
     if not weight.is_contiguous():
-        raise Unsupported("the weight is not contiguous (`torch.channels_last`?)")
+        return "the weight is not contiguous (`torch.channels_last`?)"
     if not (gain.is_contiguous() and u.is_contiguous() and v.is_contiguous()):
-        raise Unsupported("the gain or the singular vectors are not contiguous")
+        return "the gain or the singular vectors are not contiguous"
+    return None
 
 
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device_of(tensor)
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Launches go to the device of ``tensor`` inside."""
+    index = tensor.get_device()
+    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 @triton.jit
@@ -132,7 +198,7 @@ def _bilinear_kernel(W, left, right, partials, M, N, LD, PART, ACROSS, BM: tl.co
 
 @triton.jit
 def _scale_kernel(
-    W, gain, partials, scaled, sigmas, factors, COUNT, M, N, LD, PART, ACROSS,
+    W, gain, partials, scaled, sigmas, COUNT, M, N, LD, PART, ACROSS,
     BM: tl.constexpr, BN: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -143,7 +209,6 @@ def _scale_kernel(
     factor = tl.div_rn(tl.load(gain + part).to(tl.float32), sigma)
     if tile == 0:
         tl.store(sigmas + part, sigma)
-        tl.store(factors + part, factor)
     tl.store(scaled + offsets, (w * factor).to(scaled.dtype.element_ty), mask=inside)
 
 
@@ -162,7 +227,7 @@ def _inner_kernel(G, W, partials, M, N, LD, PART, ACROSS, BM: tl.constexpr, BN: 
 
 @triton.jit
 def _gradient_kernel(
-    G, left, right, partials, sigmas, factors, for_weight, for_gain, COUNT, M, N, LD, PART, ACROSS,
+    G, gain, left, right, partials, sigmas, for_weight, for_gain, COUNT, M, N, LD, PART, ACROSS,
     BM: tl.constexpr, BN: tl.constexpr, PARTIALS: tl.constexpr,
 ):  # fmt: skip
     # dgain = <G, W> / sigma, dW = (gain / sigma) (G - dgain left right^T)
@@ -172,10 +237,11 @@ def _gradient_kernel(
     g = tl.load(G + offsets, mask=inside, other=0.0).to(tl.float32)
     a = tl.load(left + part.to(tl.int64) * M + rows, mask=rows < M, other=0.0)
     b = tl.load(right + part.to(tl.int64) * N + columns, mask=columns < N, other=0.0)
-    dgain = tl.div_rn(_total(partials, part, COUNT, PARTIALS), tl.load(sigmas + part))
+    sigma = tl.load(sigmas + part)
+    dgain = tl.div_rn(_total(partials, part, COUNT, PARTIALS), sigma)
     if tile == 0:
         tl.store(for_gain + part, dgain.to(for_gain.dtype.element_ty))
-    dw = (g - a[:, None] * (b * dgain)[None, :]) * tl.load(factors + part)
+    dw = (g - a[:, None] * (b * dgain)[None, :]) * tl.div_rn(tl.load(gain + part).to(tl.float32), sigma)
     tl.store(for_weight + offsets, dw.to(for_weight.dtype.element_ty), mask=inside)
 
 
@@ -226,7 +292,7 @@ class _Group:
         self.blocks, self.spans = _owners(blocks, device), _owners(spans, device)
 
     def __call__(self) -> None:
-        with _on(self.table):
+        with on_device(self.table):
             if len(self.blocks):
                 _products_kernel[(len(self.blocks),)](
                     self.table, self.blocks, self.scratch, ELEMENT=self.element,
@@ -264,7 +330,7 @@ class Normalise:
 
     def __call__(self) -> None:
         """Normalise all."""
-        with _on(self.flat):
+        with on_device(self.flat):
             _normalise_kernel[(len(self.outputs),)](self.table, self.flat, TINY=TINY, BLOCK=NORM, num_warps=4)
 
 

@@ -74,7 +74,9 @@ def cases(group: str) -> list[str]:
     return [case for case in two_gpus.exactness(group) if case.startswith("library/")]
 
 
-@pytest.mark.parametrize(("group", "case"), [(kind, case) for kind in ("ddp", "fsdp1", "fsdp2") for case in cases(kind)])
+@pytest.mark.parametrize(
+    ("group", "case"), [(kind, case) for kind in ("ddp", "fsdp1", "fsdp2") for case in cases(kind)]
+)
 def test_training_equals_the_handwritten_loss(group: str, case: str) -> None:
     kind = case.split("/")[1]
     bound = PRECISIONS.get(kind, PRECISIONS["float32"])[1]
@@ -111,7 +113,13 @@ def test_callbacks_train_sharded_as_data_parallel_or_refuse(kind: str, name: str
     got, wanted = vector(result(group, f"{kind}/{name}")), vector(result(group, f"ddp/{name}"))
     assert (got - wanted).abs().max() <= 1e-6
     if name != "stability":
-        assert (wanted - vector(result(group, "without"))).abs().max() > 1e-4
+        assert (wanted - vector(result(group, "without"))).abs().max() > 1e-5
+
+
+def test_sigma_reparam_in_half_precision_is_refused_where_weights_are_sharded() -> None:
+    raised = results("fsdp2")["refused/bf16_true"]
+    assert isinstance(raised, str), "trained, though FSDP2 takes parameters of one dtype only"
+    assert raised.startswith("RuntimeError: SigmaReparam keeps its gains in float32")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -130,9 +138,9 @@ def test_sharded_checkpoint_consolidates_and_folds_to_a_plain_model() -> None:
     trained = result("checkpoints", "sharded")
     sharded = folder() / "sharded" / "epoch=1.ckpt"
     assert sharded.is_dir()
-    command = [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint", str(sharded)]
+    command = [sys.executable, "-m", "lightning.fabric.utilities.consolidate_checkpoint", str(sharded)]
     subprocess.run(command, check=True, capture_output=True)
-    weights, output = restored(fold_checkpoint(f"{sharded}.consolidated", weights_only=False))
+    weights, output = restored(fold_checkpoint(f"{sharded}.consolidated"))
     for name, tensor in trained["state"].items():
         assert torch.equal(weights[name], tensor), name
     assert (output - trained["output"]).abs().max() <= 1e-4
@@ -140,7 +148,7 @@ def test_sharded_checkpoint_consolidates_and_folds_to_a_plain_model() -> None:
 
 def test_whole_checkpoint_folds_to_a_plain_model() -> None:
     trained = result("checkpoints", "whole")
-    weights, output = restored(fold_checkpoint(folder() / "whole" / "epoch=1.ckpt", weights_only=False))
+    weights, output = restored(fold_checkpoint(folder() / "whole" / "epoch=1.ckpt"))
     for name, tensor in trained["state"].items():
         assert torch.equal(weights[name], tensor), name
     assert (output - trained["output"]).abs().max() <= 1e-4

@@ -59,7 +59,7 @@ class WholeWeights(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.eval()
         with torch.no_grad():
-            self.output = trainer.strategy.model(small.data(1)[0].to(pl_module.device)).float().cpu()
+            self.output = trainer.strategy.model(small.data(1)[0].to(pl_module.device, pl_module.dtype)).float().cpu()
         pl_module.train()
         if isinstance(trainer.strategy, FSDPStrategy):
             with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False):
@@ -147,23 +147,25 @@ def exactness(kind: str) -> dict[str, Callable[[], Any]]:
     """Trainings with the library and by hand; the references are `by_hand/<precision>`, `without/<precision>`."""
     modules = {"ddp": (small.Small, Compiled), "fsdp1": (small.Small, Compiled), "fsdp2": (Sharded, CompiledSharded)}
     plain, compiled = modules[kind]
-    names = PENALTIES if kind == "fsdp1" else NAMES
     # by hand: under the same strategy where weights are rounded for the exchange, and where it can be
     by = "fsdp1" if kind == "fsdp1" else "ddp"
     dtypes = ["float32", "bf16_mixed"] + (["fp16_mixed"] if kind != "fsdp2" else ["bf16_true"])
     cases: dict[str, Callable[[], Any]] = {}
     for dtype in [*dtypes, "accumulate"]:
         settings = {"dtype": "float32", "accumulate_grad_batches": 3} if dtype == "accumulate" else {"dtype": dtype}
+        names = names_of(kind, dtype)
         cases[f"by_hand/{dtype}"] = partial(_fit, small.Small, names, by, by_hand=True, **settings)
         cases[f"without/{dtype}"] = partial(_fit, small.Small, (), by, by_hand=True, **settings)
         exact = {**settings, "dtype": "float64"}
         cases[f"exact/{dtype}"] = partial(_fit, small.Small, names, "ddp", by_hand=True, **exact)
     for dtype in dtypes:
+        names = names_of(kind, dtype)
         for checkpoint, use_reentrant in CHECKPOINTS.items():
             run = partial(_fit, plain, names, kind, dtype=dtype, use_reentrant=use_reentrant)
             cases[f"library/{dtype}/{checkpoint}"] = run
         if dtype in ("float32", "bf16_mixed") and kind != "fsdp1":
             cases[f"library/{dtype}/compiled"] = partial(_fit, compiled, names, kind, dtype=dtype)
+    names = names_of(kind, "float32")
     for checkpoint, use_reentrant in CHECKPOINTS.items():
         run = partial(_fit, plain, names, kind, use_reentrant=use_reentrant, accumulate_grad_batches=3)
         cases[f"library/accumulate/{checkpoint}"] = run
@@ -181,7 +183,14 @@ def exactness(kind: str) -> dict[str, Callable[[], Any]]:
         cases["library/float32/checkpointed_by_the_strategy"] = partial(_fit, plain, names, kind, arguments=own)
         cases["without/compiled"] = partial(_fit, compiled, (), kind, by_hand=True)
         cases["with/compiled"] = partial(_fit, compiled, names, kind)
+    if kind == "fsdp2":
+        cases["refused/bf16_true"] = partial(_fit, plain, NAMES, kind, dtype="bf16_true")
     return cases
+
+
+def names_of(kind: str, dtype: str) -> tuple[str, ...]:
+    """Penalties and, where the strategy takes it, sigma-Reparam."""
+    return PENALTIES if kind == "fsdp1" or (kind == "fsdp2" and dtype == "bf16_true") else NAMES
 
 
 def _fit(
@@ -256,7 +265,7 @@ def main(group: str, folder: Path) -> None:
     for name, run in GROUPS[group](folder).items():
         try:
             results[name] = run()
-        except Exception as error:  # noqa: BLE001 - reported by the test of this case
+        except Exception as error:  # reported by the test of this case
             results[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
         if int(os.environ["RANK"]) == 0:
             torch.save(results, folder / f"{group}.pt")

@@ -17,6 +17,9 @@ from lightning_reg.functional.activation_hoyer import hoyer_tap
 from lightning_reg.functional.activation_l1 import l1_tap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1,), (3, 5), (2, 7, 300), (5, 512), (2, 0, 8), (4, 0)]
+# every shape in float32, one in the others: on a GPU each is compiled
+CASES = [(torch.float32, shape) for shape in SHAPES] + [(dtype, (2, 7, 300)) for dtype in DTYPES[1:]]
 # of the mean magnitude of the gradient; Triton's interpreter cuts bfloat16 off instead of rounding it
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 TAPS: dict[str, Callable] = {
@@ -52,8 +55,7 @@ def assert_near(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 7, 300), (5, 512), (2, 0, 8), (4, 0)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 def test_value_and_gradient(
     device: str, dtype: torch.dtype, shape: tuple[int, ...], relative: bool, masked: bool
 ) -> None:
@@ -375,6 +377,12 @@ def test_what_cannot_be_fused(device: str) -> None:
     assert producer(x)[0] == ""
 
 
+def test_a_torch_that_cannot_tell_of_hooks_is_not_fused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = F.gelu(torch.randn(4, 8, device=device, requires_grad=True))
+    monkeypatch.setattr(torch._C, "_autograd", object())
+    assert producer(x)[0] == ""
+
+
 def test_a_hook_on_the_value_sees_the_joined_gradient(device: str) -> None:
     pre = torch.randn(4, 8, device=device, requires_grad=True)
     x = F.gelu(pre)
@@ -447,3 +455,26 @@ def test_evaluation_without_gradient(device: str) -> None:
         passed, density = density_tap(F.gelu(x), epsilon=0.1)
     assert not passed.requires_grad
     assert density.item() == pytest.approx(FORMULAS["density"](F.gelu(x.double())).item(), abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("tap", TAPS)
+def test_more_than_two_billion_elements(tap: str, masked: bool) -> None:
+    pre = torch.zeros(2**19 + 3, 4096, dtype=torch.bfloat16, device="cuda")
+    pre[-2:] = torch.randn(2, 4096, device="cuda").bfloat16()
+    last = pre[-2:].clone().requires_grad_()
+    pre.requires_grad_()
+    # only the last rows count
+    mask = torch.arange(len(pre), device="cuda") >= len(pre) - 2 if masked else None
+    with torch.no_grad():
+        few = TAPS[tap](F.gelu(last))[1]
+    penalty = TAPS[tap](F.gelu(pre), mask=mask)[1]
+    share = 1.0 if masked else 2 / len(pre)
+    if "relative" not in tap or masked:
+        torch.testing.assert_close(penalty, few * share, rtol=1e-3, atol=0)
+    penalty.backward(torch.tensor(1 / share, device="cuda"))
+    assert pre.grad[:-2].count_nonzero() == 0
+    if "relative" not in tap or masked:
+        (wanted,) = torch.autograd.grad(TAPS[tap](F.gelu(last))[1], last)
+        torch.testing.assert_close(pre.grad[-2:], wanted, rtol=1e-2, atol=1e-7)

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # n
 @pytest.fixture(autouse=True)
 def _strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, no kernel fails, and numpy takes infinities as silently as a GPU does."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: plain(*a, **k).fill_(math.nan))
     monkeypatch.setattr(kernels.operators, "_failed", {})
     with np.errstate(all="ignore"):
         yield
@@ -59,10 +60,11 @@ def check(query: Tensor, key: Tensor, statistic: str, scale: float | None = None
     torch.testing.assert_close(rows.double(), wanted, rtol=2e-6, atol=1e-5)
     upstream = torch.randn(rows.shape, device=rows.device)
     got = torch.autograd.grad(rows, (query, key), upstream)
-    if statistic == "logsumexp":  # that of the maximum is one key's, which rounding may exchange
-        eps = max(torch.finfo(query.dtype).eps, 1e-5)
-        for grad, exact_grad in zip(got, torch.autograd.grad(wanted, exact, upstream.double()), strict=True):
-            torch.testing.assert_close(grad.double(), exact_grad, rtol=2 * eps, atol=2 * eps)
+    eps = max(torch.finfo(query.dtype).eps, 1e-5)
+    for grad, exact_grad in zip(got, torch.autograd.grad(wanted, exact, upstream.double()), strict=True):
+        torch.testing.assert_close(
+            grad.double(), exact_grad, rtol=2 * eps, atol=2 * eps * float(exact_grad.abs().max())
+        )
 
 
 @STATISTICS
@@ -107,6 +109,66 @@ def test_huge_logits_and_scales(statistic: str, device: str) -> None:
         rows, _ = logit_rows(query.bfloat16() * 10, key.bfloat16(), statistic=statistic, scale=scale)
         wanted = reference(query.bfloat16() * 10, key.bfloat16(), statistic, scale)
         torch.testing.assert_close(rows.double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_equal_logits_share_the_gradient_of_the_maximum(is_causal: bool, device: str) -> None:
+    query = torch.randint(-2, 3, (2, 4, 70, 4), device=device).float()
+    key = torch.randint(-2, 3, (2, 2, 90, 4), device=device).float()
+    check(query, key, "max", 0.5, is_causal=is_causal)
+    check(query.half(), key.half(), "max", -0.5, is_causal=is_causal)
+
+
+def test_rows_below_a_bound_get_nothing(device: str) -> None:
+    query = torch.randn(1, 2, 150, 16, device=device, requires_grad=True)
+    key = torch.randn(1, 2, 100, 16, device=device, requires_grad=True)
+    rows, _ = logit_rows(query, key, statistic="max")
+    for bound in (float(rows.detach().flatten().sort().values[-3]), 1e3):
+        got = torch.autograd.grad((rows - bound).relu().square().sum(), (query, key), retain_graph=True)
+        exact = query.detach().double().requires_grad_(), key.detach().double().requires_grad_()
+        wanted = reference(*exact, "max", 0.25)
+        wanted = torch.autograd.grad((wanted - bound).relu().square().sum(), exact)
+        for grad, exact_grad in zip(got, wanted, strict=True):
+            torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-6)
+    assert all(grad.eq(0).all() for grad in got)
+
+
+@STATISTICS
+def test_gradients_smaller_than_half_precision(statistic: str, device: str) -> None:
+    query = torch.randn(1, 1, 300, 16, device=device).half().requires_grad_()
+    key = torch.randn(1, 1, 70, 16, device=device).half().requires_grad_()
+    rows, _ = logit_rows(query, key, statistic=statistic)
+    # that of a key sums over 300 rows, each of which would be rounded to multiples of 6e-8
+    got = torch.autograd.grad(rows.sum() * 3e-6, key)[0].double()
+    exact = query.detach().double(), key.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(reference(*exact, statistic, 0.25).sum() * 3e-6, exact[1])[0]
+    torch.testing.assert_close(got, wanted, rtol=2e-3, atol=4e-8)
+
+
+def test_twice_is_bit_equal(device: str) -> None:
+    query, key = torch.randn(2, 4, 100, 16, device=device), torch.randn(2, 2, 100, 16, device=device)
+    for statistic in ("max", "logsumexp"):
+        runs = []
+        for _ in range(2):
+            leaves = query.clone().requires_grad_(), key.clone().requires_grad_()
+            rows, _ = logit_rows(*leaves, statistic=statistic, is_causal=True, enable_gqa=True)
+            runs.append((rows, *torch.autograd.grad(rows.square().sum(), leaves)))
+        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def test_learned_bias_and_second_derivatives_are_those_of_the_torch_code(device: str) -> None:
+    query, key = torch.randn(1, 1, 5, 8, device=device), torch.randn(1, 1, 5, 8, device=device)
+    bias = torch.randn(5, 5, device=device, requires_grad=True)
+    leaves = (query.requires_grad_(), key.requires_grad_(), bias)
+    rows, _ = logit_rows(query, key, bias, statistic="logsumexp")
+    got = torch.autograd.grad(rows.square().sum(), leaves, create_graph=True)
+    twice = torch.autograd.grad(sum(grad.square().sum() for grad in got), leaves)
+    exact = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    rows = reference(exact[0], exact[1], "logsumexp", 8**-0.5, attn_mask=exact[2])
+    wanted = torch.autograd.grad(rows.square().sum(), exact, create_graph=True)
+    wanted_twice = torch.autograd.grad(sum(grad.square().sum() for grad in wanted), exact)
+    for grad, exact_grad in zip((*got, *twice), (*wanted, *wanted_twice), strict=True):
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-3, atol=1e-4)
 
 
 def test_a_negative_score_counts_by_its_size(device: str) -> None:

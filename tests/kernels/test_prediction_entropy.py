@@ -96,6 +96,20 @@ def test_a_backward_may_follow_a_forward_in_torch_code(device: str) -> None:
     torch.testing.assert_close(grad.double(), gradient64(logits.detach().double(), False), rtol=1e-5, atol=1e-8)
 
 
+@KINDS
+def test_the_kernels_run_also_when_compiled(multi_label: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(4, 50, device=device, requires_grad=True)
+    ran, load = [], kernels.operators._load
+    monkeypatch.setattr(kernels.operators, "_load", lambda name: (ran.append(name), load(name))[1])
+    torch.compiler.reset()
+    compiled = torch.compile(prediction_entropy, backend="aot_eager", fullgraph=True)(logits, multi_label=multi_label)
+    (grad,) = torch.autograd.grad(compiled.square().sum(), logits)
+    assert ran == ["prediction_entropy.forward", "prediction_entropy.backward"]
+    eager = prediction_entropy(logits, multi_label=multi_label)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(torch.autograd.grad(eager.square().sum(), logits)[0], grad)
+
+
 @pytest.mark.parametrize("classes", [6, 4100])
 @KINDS
 def test_classes_that_are_ruled_out(classes: int, multi_label: bool, device: str) -> None:
