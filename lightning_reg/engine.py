@@ -585,6 +585,7 @@ class regularize:
         self.step = 0
         self.values: dict[str, Tensor] = {}
         self._optimizer_hook: Any = None
+        self._trains: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
 
     def __enter__(self) -> "regularize":
         if Engine.find(self.model) is not None and Engine.of(self.model).regularizers:
@@ -641,8 +642,11 @@ class regularize:
         engine.begin()
 
     def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        ours = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
+        if optimizer not in self._trains:  # once, not in every step: a model has many parameters
+            ours = {id(parameter) for parameter in self.model.parameters()}
+            held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._trains[optimizer] = any(id(parameter) in ours for parameter in held)
+        if self._trains[optimizer]:
             self.step += 1
             for callback in self.callbacks:
                 callback.after_step(self.model)

@@ -126,7 +126,7 @@ class SigmaReparam(Callback):
         self._loaded_groups: list[list[int]] = []
 
     def spectral_norms(self) -> dict[str, Tensor]:
-        """Spectral norm of the weights in use, ``|gain|`` (parts,), by layer; empty outside ``fit``."""
+        """Spectral norm of the weights in use, ``|gain|`` (parts,), by layer; empty outside of training."""
         layers = self._updates.layers or self._own_layers()
         return {layer.label: reparam.whole_tensor(layer.spectral.gain.detach()).abs() for layer in layers}
 
@@ -147,6 +147,7 @@ class SigmaReparam(Callback):
     def attach(self, model: nn.Module, total_steps: int | None = None) -> None:
         """Reparametrize ``model``; build the optimizer afterwards, its ``parameters()`` then hold the gains."""
         reparam.apply_sigma_reparam(model, targets=self.targets, init=self.init, fused_qkv=self.fused_qkv)
+        self._updates = reparam.Updates(reparam.unique_layers(reparam.find_layers(model)))
 
     def detach(self, model: nn.Module) -> None:
         """Merge ``model`` back; no-op when nothing is attached."""
@@ -155,8 +156,6 @@ class SigmaReparam(Callback):
 
     def after_step(self, model: nn.Module) -> None:
         """One power iteration, after an optimizer step."""
-        if not self._updates.layers:
-            self._updates = reparam.Updates(reparam.unique_layers(reparam.find_layers(model)))
         self._updates.step()
 
     # --- with a Trainer ---

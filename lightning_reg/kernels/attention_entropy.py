@@ -9,6 +9,8 @@ Kernels keep scores in units of log 2, for ``exp2``. Every key that query i sees
 """
 
 import math
+from copy import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ except ImportError:
     TensorDescriptor = None
 
 LARGEST_DIM = 256
-ROWS_PADDED = 128  # statistics of rows are padded to a multiple of this, so that no block of them needs a mask
 L2_BYTES = 2**24  # keys and values of heads that run together
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -73,17 +74,17 @@ def forward(
     output = query.new_empty(0) if value is None else _empty(query, heads, rows, columns)
     if entropy.numel() == 0 or keys == 0:
         return output.zero_(), entropy.zero_(), lse.zero_(), largest.fill_(-math.inf)
-    block_m, block_n, warps, stages = _forward_blocks(query, columns, value is not None)
-    spans = _spans(is_causal, window, rows, keys)
-    tiles = _Tiles(query, key, value, output if value is not None else None)
-    blocks = triton.cdiv(rows, block_m)
+    block_m, block_n, warps, stages = _forward_blocks(query, columns)
+    left, right, has_left, has_right = _spans(is_causal, window)
+    tensors = (query, key, value, None if value is None else output)
+    described, tiles = _tiles(tensors, (block_m, block_n, block_n, block_m))
+    blocks = _cdiv(rows, block_m)
     _attention_entropy_forward_kernel[(blocks * batch * heads,)](
-        *tiles.arguments(block_m, block_n, block_n, block_m),
-        entropy, lse, largest, *_extra(bias), *_extra(mask),
-        batch * heads, heads, heads // key.shape[1], rows, keys, blocks, _group(key, value, spans),
-        scale * LOG2E.value, offset, step, spans[0], spans[1],
+        *tiles, entropy, lse, largest, *_table(bias), *_table(mask),
+        batch * heads, heads, heads // key.shape[1], rows, keys, blocks, _group(key, value, has_right),
+        scale * LOG2E.value, offset, step, left, right,
         D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), BLOCK_M=block_m, BLOCK_N=block_n,
-        HAS_VALUE=value is not None, LEFT=spans[2], RIGHT=spans[3], TMA=tiles.described, PRECISION=_precision(query),
+        HAS_VALUE=value is not None, LEFT=has_left, RIGHT=has_right, TMA=described, PRECISION=_precision(query),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output, entropy, lse, largest
@@ -108,16 +109,12 @@ def backward(
     deterministic: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``(output * grad_output).sum() + (entropy * grad_entropy).sum()``.
+    """Gradients of the attention and of the entropy of its rows.
 
-    Args:
-        grad_output: (B, H, M, V); None when only the entropy was used.
-        grad_entropy: (B, H, M); None when only the output was used.
-        query, key, value, bias, mask: As in the forward.
-        output, entropy, lse: What the forward returned; ``output`` is read only with ``grad_output``.
-        scale, is_causal, window, offset, step: As in the forward.
-        deterministic: Add up the gradient of the queries in a fixed order.
-        bias_grad: Whether ``bias`` needs a gradient, which these kernels do not compute.
+    ``grad_output`` (B, H, M, V) or ``grad_entropy`` (B, H, M) is None where nobody used what it belongs to. ``output``,
+    ``entropy`` and ``lse`` are what the forward returned, whose arguments the others are. ``deterministic`` leaves
+    nothing to choose: sums have one order. One kernel for all gradients, with atomic sums for the queries, took 10 %
+    longer. ``bias_grad`` says that the bias needs a gradient, which is not supported.
 
     Returns:
         Gradients of query, key and value, in memory (B, M, H, D), the last (0,) without ``value``; and a (0,) in place
@@ -129,7 +126,7 @@ def backward(
     batch, heads, rows, dim = query.shape
     groups, keys = key.shape[1:3]
     if value is None or grad_output is None:
-        grad_output = None
+        grad_output = output = None
     columns = dim if value is None else value.shape[3]
     grad_query = _empty(query, heads, rows, dim)
     grad_key = _empty(query, groups, keys, dim)
@@ -138,45 +135,35 @@ def backward(
     if (grad_output is None and grad_entropy is None) or entropy.numel() == 0 or keys == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), none
     if grad_output is None:
-        grad_value.zero_()
+        value, grad_value = None, grad_value.zero_()
 
-    fused = not deterministic
-    statistics = query.new_empty(3, batch * heads, triton.cdiv(rows, ROWS_PADDED) * ROWS_PADDED, dtype=torch.float32)
-    sums = query.new_empty((batch, heads, rows, dim) if fused else (0,), dtype=torch.float32)
-    _prepare(grad_output, output, grad_entropy, entropy, lse, statistics, sums, rows, dim)
-
-    left, right, has_left, has_right = spans = _spans(is_causal, window, rows, keys)
-    with_output = grad_output is not None
-    tiles = _Tiles(query, key, value if with_output else None, grad_output)
-    shared = dict(
-        D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), HAS_VALUE=with_output,
-        ENTROPY=grad_entropy is not None, LEFT=has_left, RIGHT=has_right, TMA=tiles.described,
-        PRECISION=_precision(query),
-    )  # fmt: skip
+    block_m, block_n, warps, stages = _query_blocks(query, columns)
+    blocks = _cdiv(rows, block_m)
+    statistics = query.new_empty(3, batch * heads, blocks * block_m, dtype=torch.float32)
+    left, right, has_left, has_right = _spans(is_causal, window)
     numbers = (heads, heads // groups, rows, keys, statistics.shape[2])
     span = (scale, offset, step, left, right)
-
-    block_m, block_n, warps, stages = _key_blocks(query, columns, with_output, fused)
-    blocks = triton.cdiv(keys, block_n)
-    _attention_entropy_backward_key_kernel[(blocks * batch * groups,)](
-        *tiles.arguments(block_m, block_n, block_n, block_m),
-        statistics, grad_key, *grad_key.stride()[:3],
-        grad_value if with_output else None, *(grad_value.stride()[:3] if with_output else (0, 0, 0)),
-        sums if fused else None, *_extra(bias), *_extra(mask),
-        batch * groups, *numbers, blocks, _group(query, grad_output, spans), *span,
-        **shared, BLOCK_M=block_m, BLOCK_N=block_n, FUSED=fused, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    if fused:
-        _scale_and_cast(sums, grad_query, scale)
-        return grad_query, grad_key, grad_value, none
-
-    block_m, block_n, warps, stages = _query_blocks(query, columns, with_output)
-    blocks = triton.cdiv(rows, block_m)
+    tables = (*_table(bias), *_table(mask))
+    constants = {
+        "D": dim, "V": columns, "DP": _padded(dim), "VP": _padded(columns), "HAS_VALUE": value is not None,
+        "ENTROPY": grad_entropy is not None, "LEFT": has_left, "RIGHT": has_right, "PRECISION": _precision(query),
+    }  # fmt: skip
+    described, tiles = _tiles((query, key, value, grad_output, output), (block_m, block_n, block_n, block_m, block_m))
     _attention_entropy_backward_query_kernel[(blocks * batch * heads,)](
-        *tiles.arguments(block_m, block_n, block_n, block_m),
-        statistics, grad_query, *grad_query.stride()[:3], *_extra(bias), *_extra(mask),
-        batch * heads, *numbers, blocks, _group(key, value, spans), *span,
-        **shared, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        *tiles, grad_entropy, *((0, 0, 0) if grad_entropy is None else grad_entropy.stride()), entropy, lse,
+        statistics, grad_query, *grad_query.stride()[:3], *tables,
+        batch * heads, *numbers, blocks, _group(key, value, has_right), *span,
+        **constants, TMA=described, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+    block_m, block_n, warps, stages = _key_blocks(query, columns)
+    blocks = _cdiv(keys, block_n)
+    described, tiles = _tiles((query, key, value, grad_output), (block_m, block_n, block_n, block_m))
+    _attention_entropy_backward_key_kernel[(blocks * batch * groups,)](
+        *tiles, statistics, grad_key, *grad_key.stride()[:3],
+        *((None, 0, 0, 0) if value is None else (grad_value, *grad_value.stride()[:3])), *tables,
+        batch * groups, *numbers, blocks, _group(query, grad_output, has_right), *span,
+        **constants, TMA=described, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return grad_query, grad_key, grad_value, none
 
@@ -206,43 +193,43 @@ def _empty(query: Tensor, heads: int, rows: int, columns: int) -> Tensor:
     return query.new_empty(query.shape[0], rows, heads, columns).transpose(1, 2)
 
 
-class _Tiles:
-    """Query, key, value and a fourth tensor like the query, as arguments of a kernel: descriptors or pointers."""
+def _tiles(tensors: tuple[Tensor | None, ...], rows: tuple[int, ...]) -> tuple[bool, list[Any]]:
+    """Tensors as a kernel takes them, with the strides of three axes each, and whether it takes descriptors.
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor | None, fourth: Tensor | None) -> None:
-        tensors = (query, key, value, fourth)
-        self.tensors = [None if t is None else t if t.stride(3) == 1 else t.contiguous() for t in tensors]
-        self.described = all(t is None or _describable(t) for t in self.tensors)
-
-    def arguments(self, *rows: int) -> list[Any]:
-        """Each tensor, cut into blocks of so many rows, with the strides of its first three axes."""
-        found: list[Any] = []
-        for tensor, size in zip(self.tensors, rows):
-            if tensor is None:
-                found += [None, 0, 0, 0]
-                continue
-            strides = tensor.stride()[:3]
-            found += [_describe(tensor, size) if self.described else tensor, *strides]
-        return found
-
-
-def _describable(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address it."""
-    size = tensor.element_size()
-    return (
-        TensorDescriptor is not None
-        and tensor.data_ptr() % 16 == 0
-        and tensor.shape[3] * size >= 16
-        and all(
-            n == 1 or (stride > 0 and stride * size % 16 == 0) for n, stride in zip(tensor.shape, tensor.stride()[:3])
-        )
-    )
+    Args:
+        tensors: (B, H, tokens, D) each, or None.
+        rows: Tokens of a block of each.
+    """
+    plain = [tensor if tensor is None or tensor.stride(3) == 1 else tensor.contiguous() for tensor in tensors]
+    found: list[Any] = []
+    for tensor, size in zip(plain, rows):
+        if tensor is None:
+            found += (None, 0, 0, 0)
+            continue
+        template = _described(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, size)
+        if template is None:
+            break
+        described = copy(template)  # a third of the time of making one
+        described.base = tensor
+        found += (described, 0, 0, 0)
+    else:
+        return True, found
+    return False, [x for t in plain for x in ((None, 0, 0, 0) if t is None else (t, *t.stride()[:3]))]
 
 
-def _describe(tensor: Tensor, rows: int) -> Any:
-    aligned = tensor.shape[3] * 16
-    strides = [aligned if n == 1 else stride for n, stride in zip(tensor.shape, tensor.stride()[:3])]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, _padded(tensor.shape[3])])
+@lru_cache(4096)
+def _described(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, shift: int, rows: int) -> Any:
+    """A descriptor without its tensor; None where the tensor memory accelerator cannot address it."""
+    size = dtype.itemsize
+    if TensorDescriptor is None or shift or shape[3] * size < 16:
+        return None
+    if any(n > 1 and (stride <= 0 or stride * size % 16) for n, stride in zip(shape[:3], strides)):
+        return None
+    aligned = [shape[3] * 16 if n == 1 else stride for n, stride in zip(shape[:3], strides)]
+    base = torch.empty(0, dtype=dtype)
+    made = TensorDescriptor(base, list(shape), [*aligned, 1], [1, 1, rows, _padded(shape[3])])
+    made.base = None
+    return made
 
 
 def _check(
@@ -256,7 +243,11 @@ def _check(
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _cdiv(number: int, size: int) -> int:
+    return -(-number // size)
 
 
 def _precision(tensor: Tensor) -> str:
@@ -266,7 +257,7 @@ def _precision(tensor: Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def _extra(table: Tensor | None) -> tuple[Any, ...]:
+def _table(table: Tensor | None) -> tuple[Any, ...]:
     """A bias or mask with its strides, those of broadcast axes 0."""
     if table is None:
         return None, 0, 0, 0, 0, False
@@ -275,86 +266,49 @@ def _extra(table: Tensor | None) -> tuple[Any, ...]:
     return table, *strides, table.shape[2] > 1
 
 
-def _spans(is_causal: bool, window: int | None, rows: int, keys: int) -> tuple[int, int, bool, bool]:
+def _spans(is_causal: bool, window: int | None) -> tuple[int, int, bool, bool]:
     """How many keys before and after its position a query sees, and whether either is limited."""
     left = 0 if window is None else max(window - 1, -1)
     right = 0 if is_causal else left
     return left, right, window is not None, is_causal or window is not None
 
 
-def _group(first: Tensor, second: Tensor | None, spans: tuple[int, int, bool, bool]) -> int:
-    """Heads that run side by side, so that what they read over and over stays in the L2 cache."""
-    bytes_of_head = sum(t.shape[2] * t.shape[3] * t.element_size() for t in (first, second) if t is not None)
-    return max(1, min(L2_BYTES // max(1, bytes_of_head), 64)) if spans[3] else 1
+def _group(first: Tensor, second: Tensor | None, uneven: bool) -> int:
+    """Heads that run side by side: as many as leave what they read over and over in the L2 cache."""
+    if not uneven:
+        return 1
+    size = first.shape[2] * first.shape[3] + (0 if second is None else second.shape[2] * second.shape[3])
+    return max(1, min(L2_BYTES // (size * first.element_size()), 64))
 
 
-def _forward_blocks(query: Tensor, columns: int, with_value: bool) -> tuple[int, int, int, int]:
-    """Rows and keys of a block, warps and stages of the forward kernel."""
+def _forward_blocks(query: Tensor, columns: int) -> tuple[int, int, int, int]:
+    """Rows and keys of a block, warps and stages of the forward kernel, measured on an H100."""
     dim = max(_padded(query.shape[3]), _padded(columns))
     if query.dtype == torch.float32:
         return (64, 32, 4, 2) if dim <= 64 else (32, 32, 4, 2) if dim <= 128 else (32, 16, 4, 1)
     if dim <= 64:
-        return 128, 64, 4, 3
+        return 64, 128, 4, 2
     return (128, 64, 8, 3) if dim <= 128 else (128, 64, 8, 2)
 
 
-def _key_blocks(query: Tensor, columns: int, with_output: bool, fused: bool) -> tuple[int, int, int, int]:
-    """The same for the kernel of the gradients of keys and values."""
-    dim = max(_padded(query.shape[3]), _padded(columns))
-    if query.dtype == torch.float32:
-        return (32, 32, 4, 2) if dim <= 64 else (16, 32, 4, 1) if dim <= 128 else (16, 16, 4, 1)
-    if dim <= 64:
-        return 64, 128, 8, 2
-    return (64, 128, 8, 2) if dim <= 128 else (32, 64, 8, 1)
-
-
-def _query_blocks(query: Tensor, columns: int, with_output: bool) -> tuple[int, int, int, int]:
-    """The same for the kernel of the gradient of the queries."""
+def _query_blocks(query: Tensor, columns: int) -> tuple[int, int, int, int]:
+    """The same for the gradient of the queries; their rows are a multiple of those in ``_key_blocks``."""
     dim = max(_padded(query.shape[3]), _padded(columns))
     if query.dtype == torch.float32:
         return (32, 32, 4, 2) if dim <= 64 else (32, 16, 4, 1) if dim <= 128 else (16, 16, 4, 1)
     if dim <= 64:
-        return 128, 64, 8, 2
-    return (128, 64, 8, 2) if dim <= 128 else (64, 32, 8, 1)
+        return 64, 64, 4, 3
+    return (64, 64, 4, 2) if dim <= 128 else (64, 32, 8, 1)
 
 
-def _prepare(
-    grad_output: Tensor | None,
-    output: Tensor | None,
-    grad_entropy: Tensor | None,
-    entropy: Tensor,
-    lse: Tensor,
-    statistics: Tensor,
-    sums: Tensor,
-    rows: int,
-    dim: int,
-) -> None:
-    """Write lse in units of log 2, c and -dH log 2 of each row, and zeros into the sums."""
-    batch, heads = entropy.shape[:2]
-    columns = 16 if grad_output is None else grad_output.shape[3]
-    if grad_output is not None and output is not None:
-        grad_output = grad_output if grad_output.stride(3) == 1 else grad_output.contiguous()
-        tensors = grad_output, *grad_output.stride()[:3], output, *output.stride()[:3]
-    else:
-        tensors = None, 0, 0, 0, None, 0, 0, 0
-    block = 32
-    blocks = statistics.shape[2] // block
-    _attention_entropy_prepare_kernel[(blocks * batch * heads,)](
-        *tensors, grad_entropy, *((0, 0, 0) if grad_entropy is None else grad_entropy.stride()),
-        entropy, lse, statistics, sums if sums.numel() else None,
-        batch * heads, heads, rows, blocks,
-        D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), BLOCK=block,
-        OUTPUT=grad_output is not None, ENTROPY=grad_entropy is not None, SUMS=sums.numel() > 0, num_warps=4,
-    )  # fmt: skip
-
-
-def _scale_and_cast(sums: Tensor, grad_query: Tensor, scale: float) -> None:
-    batch, heads, rows, dim = sums.shape
-    block = 32
-    blocks = triton.cdiv(rows, block)
-    _attention_entropy_finish_kernel[(blocks * batch * heads,)](
-        sums, grad_query, *grad_query.stride()[:3], scale, heads, rows, blocks, D=dim, DP=_padded(dim), BLOCK=block
-    )
+def _key_blocks(query: Tensor, columns: int) -> tuple[int, int, int, int]:
+    """The same for the gradients of keys and values."""
+    dim = max(_padded(query.shape[3]), _padded(columns))
+    if query.dtype == torch.float32:
+        return (32, 32, 4, 2) if dim <= 64 else (16, 32, 4, 1) if dim <= 128 else (16, 16, 4, 1)
+    if dim <= 64:
+        return 32, 128, 4, 2
+    return (64, 128, 8, 2) if dim <= 128 else (32, 64, 8, 1)
 
 
 @triton.jit
@@ -592,65 +546,15 @@ def _attention_entropy_forward_kernel(
             _store_tile(output, o_b, o_h, o_r, batch, head, first, rows, gathered, V, VP, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks"])
-def _attention_entropy_prepare_kernel(
-    grad_output, do_b, do_h, do_r, output, o_b, o_h, o_r, grad_entropy, dh_b, dh_h, dh_r,
-    entropy, lse, statistics, sums, sets, heads, rows, blocks,
-    D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr,
-    OUTPUT: tl.constexpr, ENTROPY: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    """Statistics of a block of rows; rows after the last get a log-sum-exp that makes their probabilities 0."""
-    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch, head = place // heads, place % heads
-    first = block * BLOCK
-    row = first + tl.arange(0, BLOCK)
-    at = place.to(tl.int64) * rows + row
-    base = tl.load(lse + at, mask=row < rows, other=-HIDDEN) * LOG2E
-    constant = tl.zeros([BLOCK], tl.float32)
-    slope = tl.zeros([BLOCK], tl.float32)
-    if OUTPUT:
-        pushed = _load_tile(grad_output, do_b, do_h, do_r, batch, head, first, rows, V, VP, BLOCK, False)
-        given = _load_tile(output, o_b, o_h, o_r, batch, head, first, rows, V, VP, BLOCK, False)
-        constant += tl.sum(pushed.to(tl.float32) * given.to(tl.float32), 1)
-    if ENTROPY:
-        where = batch.to(tl.int64) * dh_b + head.to(tl.int64) * dh_h + row.to(tl.int64) * dh_r
-        push = tl.load(grad_entropy + where, mask=row < rows, other=0.0).to(tl.float32)
-        constant += push * tl.load(entropy + at, mask=row < rows, other=0.0)
-        slope -= push * LN2
-    plane = sets.to(tl.int64) * blocks * BLOCK
-    at = statistics + place.to(tl.int64) * blocks * BLOCK + row
-    tl.store(at, base)
-    tl.store(at + plane, constant)
-    tl.store(at + 2 * plane, slope)
-    if SUMS:
-        zeros = tl.zeros([BLOCK, DP], tl.float32)
-        size = tl.full([], 1, tl.int64) * rows * D
-        _store_tile(sums, size * heads, size, D, batch, head, first, rows, zeros, D, DP, BLOCK)
-
-
-@triton.jit(do_not_specialize=["rows", "blocks"])
-def _attention_entropy_finish_kernel(
-    sums, grad_query, g_b, g_h, g_r, scale, heads, rows, blocks,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scale what was added up and cast it."""
-    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    batch, head = place // heads, place % heads
-    size = tl.full([], 1, tl.int64) * rows * D
-    tile = _load_tile(sums, size * heads, size, D, batch, head, block * BLOCK, rows, D, DP, BLOCK, False)
-    tile = (tile * scale).to(grad_query.dtype.element_ty)
-    _store_tile(grad_query, g_b, g_h, g_r, batch, head, block * BLOCK, rows, tile, D, DP, BLOCK)
-
-
 @triton.jit
 def _backward_over_rows(
     begin, end, keys_tile, values, for_key, for_value,
-    q, q_b, q_h, q_r, do, do_b, do_h, do_r, statistics, plane, sums, batch, head, key, rows, keys, scale,
+    q, q_b, q_h, q_r, do, do_b, do_h, do_r, statistics, plane, batch, head, key, rows, keys, scale,
     bias, bias_r, bias_k, BIAS_FULL: tl.constexpr, mask, mask_r, mask_k, MASK_FULL: tl.constexpr,
     offset, step, left, right,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_VALUE: tl.constexpr, ENTROPY: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EDGE: tl.constexpr,
-    FUSED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take in queries ``[begin, end)`` for the gradients of a block of keys; tiles of scores are (keys, queries)."""
     for start in range(begin, end, BLOCK_M):
@@ -678,26 +582,21 @@ def _backward_over_rows(
             pull = pull + _dot(values, tl.trans(pushed), None, PRECISION)
         pull = (probs * pull).to(tile.dtype)
         for_key = _dot(pull, tile, for_key, PRECISION)
-        if FUSED:
-            part = _dot(tl.trans(pull), keys_tile, None, PRECISION)
-            column = tl.arange(0, DP)
-            at = sums + row[:, None].to(tl.int64) * D + column[None, :]
-            tl.atomic_add(at, part, mask=(row[:, None] < rows) & (column[None, :] < D), sem="relaxed")
     return for_key, for_value
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "blocks", "group", "offset", "left", "right", "padded_rows"])
 def _attention_entropy_backward_key_kernel(
     q, q_b, q_h, q_r, k, k_b, k_h, k_r, v, v_b, v_h, v_r, do, do_b, do_h, do_r,
-    statistics, grad_key, dk_b, dk_h, dk_r, grad_value, dv_b, dv_h, dv_r, sums,
+    statistics, grad_key, dk_b, dk_h, dk_r, grad_value, dv_b, dv_h, dv_r,
     bias, bias_b, bias_h, bias_r, bias_k, BIAS_FULL: tl.constexpr,
     mask, mask_b, mask_h, mask_r, mask_k, MASK_FULL: tl.constexpr,
     sets, heads, repeats, rows, keys, padded_rows, blocks, group, scale, offset, step, left, right,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     HAS_VALUE: tl.constexpr, ENTROPY: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one block of keys and values, and with FUSED their share of the gradient of the queries."""
+    """Gradients of one block of keys and values."""
     block, place = _place(sets, blocks, group, False)
     groups = heads // repeats
     batch, key_head = place // groups, place % groups
@@ -716,13 +615,11 @@ def _attention_entropy_backward_key_kernel(
     for repeat in range(0, repeats):
         head = key_head * repeats + repeat
         query_place = batch.to(tl.int64) * heads + head
-        bias_of_head, mask_of_head, sums_of_head = bias, mask, sums
+        bias_of_head, mask_of_head = bias, mask
         if bias is not None:
             bias_of_head = bias + batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
         if mask is not None:
             mask_of_head = mask + batch.to(tl.int64) * mask_b + head.to(tl.int64) * mask_h
-        if FUSED:
-            sums_of_head = sums + query_place * rows * D
         for part in tl.static_range(0, 3):
             if LEFT or part < 2:
                 for_key, for_value = _backward_over_rows(
@@ -730,10 +627,10 @@ def _attention_entropy_backward_key_kernel(
                     full_begin if part == 0 else full_end if part == 1 else end,
                     keys_tile, values, for_key, for_value,
                     q, q_b, q_h, q_r, do, do_b, do_h, do_r,
-                    statistics + query_place * padded_rows, plane, sums_of_head, batch, head, key, rows, keys, scale,
+                    statistics + query_place * padded_rows, plane, batch, head, key, rows, keys, scale,
                     bias_of_head, bias_r, bias_k, BIAS_FULL, mask_of_head, mask_r, mask_k, MASK_FULL,
                     offset, step, left, right, D, V, DP, VP, BLOCK_M,
-                    HAS_VALUE, ENTROPY, LEFT, RIGHT, part != 1, FUSED, TMA, PRECISION,
+                    HAS_VALUE, ENTROPY, LEFT, RIGHT, part != 1, TMA, PRECISION,
                 )  # fmt: skip
     for_key = (for_key * scale).to(grad_key.dtype.element_ty)
     _store_tile(grad_key, dk_b, dk_h, dk_r, batch, key_head, first, keys, for_key, D, DP, BLOCK_N)
@@ -780,8 +677,8 @@ def _backward_over_keys(
 
 @triton.jit(do_not_specialize=["rows", "keys", "blocks", "group", "offset", "left", "right", "padded_rows"])
 def _attention_entropy_backward_query_kernel(
-    q, q_b, q_h, q_r, k, k_b, k_h, k_r, v, v_b, v_h, v_r, do, do_b, do_h, do_r,
-    statistics, grad_query, dq_b, dq_h, dq_r,
+    q, q_b, q_h, q_r, k, k_b, k_h, k_r, v, v_b, v_h, v_r, do, do_b, do_h, do_r, o, o_b, o_h, o_r,
+    grad_entropy, dh_b, dh_h, dh_r, entropy, lse, statistics, grad_query, dq_b, dq_h, dq_r,
     bias, bias_b, bias_h, bias_r, bias_k, BIAS_FULL: tl.constexpr,
     mask, mask_b, mask_h, mask_r, mask_k, MASK_FULL: tl.constexpr,
     sets, heads, repeats, rows, keys, padded_rows, blocks, group, scale, offset, step, left, right,
@@ -789,7 +686,7 @@ def _attention_entropy_backward_query_kernel(
     HAS_VALUE: tl.constexpr, ENTROPY: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one block of queries."""
+    """Gradient of one block of queries, and the statistics of its rows for the kernel of the keys."""
     block, place = _place(sets, blocks, group, True)
     batch, head = place // heads, place % heads
     first = block * BLOCK_M
@@ -798,15 +695,27 @@ def _attention_entropy_backward_query_kernel(
         bias += batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
     if mask is not None:
         mask += batch.to(tl.int64) * mask_b + head.to(tl.int64) * mask_h
-    plane = sets.to(tl.int64) * padded_rows
-    statistics += place.to(tl.int64) * padded_rows
-    base = tl.load(statistics + row)
-    constant = tl.load(statistics + plane + row)
-    slope = tl.load(statistics + 2 * plane + row)
     tile = _load_tile(q, q_b, q_h, q_r, batch, head, first, rows, D, DP, BLOCK_M, TMA)
     pushed = tile
+    at = place.to(tl.int64) * rows + row
+    # rows after the last one get a log-sum-exp that makes their probabilities 0
+    base = tl.load(lse + at, mask=row < rows, other=-HIDDEN) * LOG2E
+    constant = tl.zeros([BLOCK_M], tl.float32)
+    slope = tl.zeros([BLOCK_M], tl.float32)
     if HAS_VALUE:
         pushed = _load_tile(do, do_b, do_h, do_r, batch, head, first, rows, V, VP, BLOCK_M, TMA)
+        output = _load_tile(o, o_b, o_h, o_r, batch, head, first, rows, V, VP, BLOCK_M, TMA)
+        constant += tl.sum(pushed.to(tl.float32) * output.to(tl.float32), 1)
+    if ENTROPY:
+        grad_entropy += batch.to(tl.int64) * dh_b + head.to(tl.int64) * dh_h
+        push = tl.load(grad_entropy + row.to(tl.int64) * dh_r, mask=row < rows, other=0.0).to(tl.float32)
+        constant += push * tl.load(entropy + at, mask=row < rows, other=0.0)
+        slope -= push * LN2
+    plane = sets.to(tl.int64) * padded_rows
+    at = statistics + place.to(tl.int64) * padded_rows + row
+    tl.store(at, base)
+    tl.store(at + plane, constant)
+    tl.store(at + 2 * plane, slope)
     for_query = tl.zeros([BLOCK_M, DP], tl.float32)
     begin, full_begin, full_end, end = _key_range(
         first, rows, keys, offset, step, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT

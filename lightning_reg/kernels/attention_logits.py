@@ -328,7 +328,7 @@ def _prepared(
     shared = (
         float(scale), heads, heads // key.shape[1], queries, keys, dim, *query.stride()[:3], *key.stride()[:3], *strides
     )  # fmt: skip
-    rows, columns, warps, stages = _tile(query, backward)
+    rows, columns, warps, stages = _tile(query, keys, backward)
     padded = max(16, triton.next_power_of_2(dim))
     options = {
         "MAX": statistic == "max", "CAUSAL": is_causal, "MASK": kind, "ROWS": rows, "KEYS": columns, "DIM": padded,
@@ -356,11 +356,11 @@ def _check(query: Tensor, key: Tensor, bias: Tensor | None) -> None:
         raise Unsupported(f"its head dim is {query.shape[3]}, above {_LARGEST_DIM}")
 
 
-def _tile(query: Tensor, backward: bool) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and stages."""
+def _tile(query: Tensor, keys: int, backward: bool) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps and stages, as measured on an H100."""
     dim = query.shape[3]
     if query.dtype == torch.float32:
         return (64, 32, 4, 2) if dim <= 64 and not backward else (32, 32, 4, 2)
-    if backward:
-        return (64, 64, 4, 3) if dim <= 64 else (64, 32, 4, 2)
-    return (64, 64, 4, 3) if dim <= 128 else (64, 64, 4, 2)
+    if dim > 128:
+        return (32, 32, 4, 2) if backward else (64, 64, 4, 2)
+    return (128, 32, 4, 3) if dim <= 64 and keys <= 512 and not backward else (64, 64, 4, 3)

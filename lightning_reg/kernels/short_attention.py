@@ -424,22 +424,27 @@ def _check(
 
 
 def _forward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
-    rows = 64 if dtype != torch.float32 else 16
-    pieces = _pieces(keys) if dtype != torch.float32 else (max(16, triton.next_power_of_2(keys)),)
-    left = queries % rows
-    tail = 0 if left == 0 else max(16, triton.next_power_of_2(left))
-    if tail >= rows:
-        tail = 0
-    settings = dict(ROWS=rows, TAIL=tail, SPLIT=1, PIECES=pieces, FULL=len(pieces) - (sum(pieces) > keys))
-    return settings, dict(num_warps=4, num_stages=2)
+    if dtype == torch.float32:
+        rows, pieces, warps, stages = 16, (_power(keys, 256),), 4, 1
+    else:
+        rows, pieces, warps, stages = 64, _pieces(keys), 4, 2
+    settings = {"ROWS": rows, "TAIL": 0, "SPLIT": 1, "PIECES": pieces, "FULL": len(pieces) - (sum(pieces) > keys)}
+    return settings, {"num_warps": warps, "num_stages": stages}
 
 
 def _backward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
-    pieces = (min(64 if dtype != torch.float32 else 16, max(16, triton.next_power_of_2(keys))),)
-    rows = min(64 if dtype != torch.float32 else 16, max(16, triton.next_power_of_2(queries)))
-    total = sum(pieces)
-    settings = dict(ROWS=rows, PIECES=pieces, KEYS=total, FULL=len(pieces) - (keys % total > 0), ONCE=total >= keys)
-    return settings, dict(num_warps=4, num_stages=2)
+    if dtype == torch.float32:
+        rows, piece, warps = 16, 16, 4
+    else:
+        piece = _power(keys, 256 if dim <= 64 else 128)
+        rows, warps = 32, 8 if piece >= 128 else 4
+    settings = {"ROWS": rows, "PIECES": (piece,), "KEYS": piece, "FULL": int(keys % piece == 0), "ONCE": piece >= keys}
+    return settings, {"num_warps": warps, "num_stages": 1}
+
+
+def _power(size: int, most: int) -> int:
+    """Power of two from 16 to ``most`` that holds ``size``, or ``most``."""
+    return min(most, max(16, triton.next_power_of_2(size)))
 
 
 def _pieces(keys: int) -> tuple[int, ...]:

@@ -59,41 +59,6 @@ def scaled_weight_gradients(
     return for_weight, for_gain
 
 
-# what compiled code calls: its launches become part of the compiled program, those of a custom operator would not
-
-
-@triton_op("lightning_reg::compiled_scaled_weight", mutates_args=())
-def compiled_scaled_weight(
-    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``scaled_weight`` in compiled code."""
-    plan = _plan(weight, gain, u, v, transposed, dtype)
-    scaled, sigmas = torch.empty_like(weight, dtype=dtype), torch.empty(len(u), dtype=u.dtype, device=u.device)
-    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
-    left, right = (v, u) if transposed else (u, v)
-    first, second = plan.bilinear, plan.scale
-    wrap_triton(_bilinear_kernel)[first.grid](weight, left, right, partials, *first.scalars, num_warps=WARPS)
-    wrap_triton(_scale_kernel)[second.grid](weight, gain, partials, scaled, sigmas, *second.scalars, num_warps=WARPS)
-    return scaled, sigmas
-
-
-@triton_op("lightning_reg::compiled_scaled_weight_gradients", mutates_args=())
-def compiled_scaled_weight_gradients(
-    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """``scaled_weight_gradients`` in compiled code."""
-    plan, grad = _plan(weight, gain, u, v, transposed, grad.dtype), grad.contiguous()
-    for_weight, for_gain = torch.empty_like(weight), torch.empty_like(gain)
-    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
-    left, right = (v, u) if transposed else (u, v)
-    first, second = plan.inner, plan.gradient
-    wrap_triton(_inner_kernel)[first.grid](grad, weight, partials, *first.scalars, num_warps=WARPS)
-    wrap_triton(_gradient_kernel)[second.grid](
-        grad, gain, left, right, partials, sigmas, for_weight, for_gain, *second.scalars, num_warps=WARPS
-    )
-    return for_weight, for_gain
-
-
 class _Plan:
     """How the parts of a weight are cut into tiles, and the launches over them."""
 
@@ -243,6 +208,42 @@ def _gradient_kernel(
         tl.store(for_gain + part, dgain.to(for_gain.dtype.element_ty))
     dw = (g - a[:, None] * (b * dgain)[None, :]) * tl.div_rn(tl.load(gain + part).to(tl.float32), sigma)
     tl.store(for_weight + offsets, dw.to(for_weight.dtype.element_ty), mask=inside)
+
+
+# What compiled code calls: its launches become part of the compiled program. Below the kernels, which torch looks up
+# here to know when compiled code is out of date.
+
+
+@triton_op("lightning_reg::compiled_scaled_weight", mutates_args=())
+def compiled_scaled_weight(
+    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``scaled_weight`` in compiled code."""
+    plan = _plan(weight, gain, u, v, transposed, dtype)
+    scaled, sigmas = torch.empty_like(weight, dtype=dtype), torch.empty(len(u), dtype=u.dtype, device=u.device)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    first, second = plan.bilinear, plan.scale
+    wrap_triton(_bilinear_kernel)[first.grid](weight, left, right, partials, *first.scalars, num_warps=WARPS)
+    wrap_triton(_scale_kernel)[second.grid](weight, gain, partials, scaled, sigmas, *second.scalars, num_warps=WARPS)
+    return scaled, sigmas
+
+
+@triton_op("lightning_reg::compiled_scaled_weight_gradients", mutates_args=())
+def compiled_scaled_weight_gradients(
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """``scaled_weight_gradients`` in compiled code."""
+    plan, grad = _plan(weight, gain, u, v, transposed, grad.dtype), grad.contiguous()
+    for_weight, for_gain = torch.empty_like(weight), torch.empty_like(gain)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    first, second = plan.inner, plan.gradient
+    wrap_triton(_inner_kernel)[first.grid](grad, weight, partials, *first.scalars, num_warps=WARPS)
+    wrap_triton(_gradient_kernel)[second.grid](
+        grad, gain, left, right, partials, sigmas, for_weight, for_gain, *second.scalars, num_warps=WARPS
+    )
+    return for_weight, for_gain
 
 
 # --- power iteration -------------------------------------------------------------------------------------------------

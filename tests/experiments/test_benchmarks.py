@@ -17,9 +17,9 @@ from experiments.benchmarks import attention, checks, distributed, harness, over
 from experiments.benchmarks.arms import ARMS, Addition
 from experiments.benchmarks.harness import Variant, alternate, gradients, interleave, paired_ratio, peak_allocation
 from experiments.benchmarks.overhead import Contest, Setup, check, contests
-from experiments.benchmarks.results import DIRECTORY
+from experiments.benchmarks.results import DIRECTORY, PROVENANCE
 from experiments.benchmarks.tasks import TASKS, TINY
-from experiments.benchmarks.training import Training, attach_of
+from experiments.benchmarks.training import Mode, Training, attach_of
 from experiments.run_info import ROOT
 from lightning_reg.callbacks import QKClip
 from lightning_reg.functional import attention_with_entropy
@@ -128,11 +128,13 @@ def test_every_script_writes_its_lines(results: Path) -> None:
     assert {row["strategy"] for row in distributed.table(results).read()} == {"ddp", "fsdp2"}
 
 
-def test_what_is_there_is_not_measured_again(results: Path) -> None:
-    before = (results / "steps.csv").read_text()
-    arguments = ["--tiny", "--model", "vit", "--arms", "none", "entropy", "--results", str(results)]
-    call("steps", *arguments)
-    assert (results / "steps.csv").read_text() == before
+def test_what_is_there_is_not_measured_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = steps.table(results).read()[0]
+    monkeypatch.setattr(steps, "provenance", lambda commit: {key: first[key] for key in PROVENANCE})
+    arguments = ["--tiny", "--model", "vit", "--arms", "none", "entropy", "--rounds", "3", "--steps", "1"]
+    assert not steps.run(steps.parser().parse_args([*arguments, "--results", str(results)]))
+    measured = steps.run(steps.parser().parse_args([*arguments, "--results", str(results.with_name("other"))]))
+    assert [line.arm for line in measured] == ["none", "entropy"]
 
 
 def test_the_page_has_the_numbers_of_the_files(results: Path) -> None:
@@ -206,12 +208,22 @@ def test_long_attention_is_checked_in_rows(monkeypatch: pytest.MonkeyPatch) -> N
         assert errors.gradient < 1e-6
 
 
-def test_compiled_arms_have_no_graph_breaks() -> None:
-    training = Training(TINY["vit"], attach_of(ARMS["all"]), torch.device("cpu"), "blocks")
+@pytest.mark.parametrize(("mode", "graphs"), [("compiled", 1), ("blocks", 2)])
+def test_graphs_and_their_breaks_are_counted(monkeypatch: pytest.MonkeyPatch, mode: Mode, graphs: int) -> None:
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    training = Training(TINY["vit"], attach_of(ARMS["all"]), torch.device("cpu"), mode)
     training.warm_up()
-    assert training.compiler.graphs
+    assert training.compiler.graphs <= graphs
     assert not training.breaks
     training.close()
+
+    def breaks(model: nn.Module, weight: float) -> Addition:
+        model.blocks[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())  # type: ignore[union-attr, operator]
+        return Addition(model)
+
+    training = Training(TINY["vit"], breaks, torch.device("cpu"), mode)
+    training.warm_up()
+    assert training.breaks
 
 
 def test_an_arm_out_of_memory_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,21 @@ def test_float64_equals_the_handwritten_loss(kind: str, optimizer: str) -> None:
     assert tiny.distance(got, wanted) <= 1e-9
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])
+def test_sampled_queries_are_the_same_when_a_checkpoint_repeats_them(precision: str) -> None:
+    settings, bound = PRECISIONS[precision]
+
+    def run(kind: str) -> Tensor:
+        sampled = AttentionEntropyRegularizer(small.WEIGHTS["attention_entropy"], query_fraction=0.25)
+        return fit(small.Small(use_reentrant=KINDS[kind]), [sampled], **settings)
+
+    plain = run("plain")
+    for kind in ("nonreentrant", "reentrant"):
+        assert tiny.distance(run(kind), plain) <= bound
+    whole, _, without = references(small.Small, ("attention_entropy",), tuple(settings.items()))
+    assert small.rms(plain - whole) < 0.5 * small.rms(without - whole)
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,13 +175,13 @@ def test_weight_zero_is_bit_identical_to_no_callback(name: str, kind: str) -> No
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16_mixed"])
-@pytest.mark.parametrize("part", ["block", "module"])
+@pytest.mark.parametrize("part", ["block", "checkpointed_block", "module"])
 def test_compiled_training_equals_eager_without_graph_breaks(part: str, precision: str, compiling: None) -> None:
     from torch._dynamo.utils import counters
 
     settings, bound = PRECISIONS[precision]
-    module = small.Small()
-    if part == "block":
+    module = small.Small(use_reentrant=False if part == "checkpointed_block" else None)
+    if part != "module":
         for block in module.net.blocks:
             block.compile(fullgraph=True)
     target = torch.compile(module) if part == "module" else module
@@ -176,12 +191,11 @@ def test_compiled_training_equals_eager_without_graph_breaks(part: str, precisio
     assert counters["stats"]["unique_graphs"] > 0
 
 
-@pytest.mark.parametrize("kind", ["plain", "nonreentrant"])
-def test_cuda_graphs_of_compiled_blocks_equal_eager(kind: str, compiling: None) -> None:
+def test_cuda_graphs_of_compiled_blocks_equal_eager(compiling: None) -> None:
     from torch._dynamo.utils import counters
 
     settings, bound = PRECISIONS["bf16_mixed"]
-    module = small.Small(use_reentrant=KINDS[kind])
+    module = small.Small()
     for block in module.net.blocks:
         block.compile(mode="reduce-overhead", fullgraph=True)
     got = fit(module, small.callbacks(), **settings)
@@ -268,11 +282,17 @@ def test_captured_step_equals_the_handwritten_loss(names: tuple[str, ...]) -> No
     assert tiny.distance(small.weights(module), by_hand(names)) <= 1e-6
 
 
-def test_captured_step_with_a_schedule_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("schedule", Linear(1.0, 0.0, duration=8)), ("query_fraction", 0.25)],
+    ids=["schedule", "query_fraction"],
+)
+def test_captured_step_refuses_what_changes_from_step_to_step(argument: str, value: Any) -> None:
     net = small.Small().net.to("cuda")
-    callback = AttentionEntropyRegularizer(1.0, schedule=Linear(1.0, 0.0, duration=8))
-    with regularize(net, [callback]) as reg:
-        with pytest.raises(RuntimeError, match="CUDA graph"):
+    with regularize(net, [AttentionEntropyRegularizer(1.0, **{argument: value})]) as reg:
+        with pytest.raises(
+            RuntimeError, match=f"`{argument}` of attention_entropy changes from step to step, but a CUDA"
+        ):
             captured(Loop(reg, net))
 
 
@@ -307,6 +327,7 @@ STEPS: dict[str, Any] = {
     "all": small.callbacks,
     **{name: lambda name=name: small.callbacks([name]) for name in small.NAMES},
     **{f"contract_{name}": make for name, make in ALL.items() if name not in ("weight_sparsity", "rigl", "together")},
+    "query_fraction": lambda: [AttentionEntropyRegularizer(1.0, query_fraction=0.25)],
     # its masks are chosen anew at the first step only
     "contract_weight_sparsity": lambda: [WeightSparsity(0.7, every=100)],
 }

@@ -25,9 +25,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
-def visible(
-    query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, options: dict[str, Any]
-) -> Tensor:
+def visible(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Which keys each query sees, (B, H, M, N)."""
     position = options["offset"] + options["step"] * torch.arange(query.shape[2], device=query.device)[:, None]
     distance = position - torch.arange(key.shape[2], device=query.device)
@@ -115,7 +113,9 @@ def expected(
     return [t.detach() for t in (output, entropy, lse, largest)], [*gradients, *empty]
 
 
-def check(actual: tuple[list[Tensor], list[Tensor]], wanted: tuple[list[Tensor], list[Tensor]], tolerance: float) -> None:
+def check(
+    actual: tuple[list[Tensor], list[Tensor]], wanted: tuple[list[Tensor], list[Tensor]], tolerance: float
+) -> None:
     names = "output", "entropy", "lse", "largest", "grad_query", "grad_key", "grad_value"
     for name, found, right in zip(names, [*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
         assert found.shape == right.shape, name
@@ -264,7 +264,7 @@ def test_entropy_alone_is_that_of_the_attention(deterministic: bool, device: str
 @pytest.mark.parametrize("dim", [32, 128])
 def test_half_precision_is_as_exact_as_torch(dim: int, dtype: torch.dtype, deterministic: bool, device: str) -> None:
     given = tensors(device, heads=1, groups=1, rows=140, keys=140, dim=dim, columns=dim, dtype=dtype)
-    *inputs, grad_output, grad_entropy = given
+    *inputs, grad_output, _ = given
     actual = run(*given, is_causal=True, deterministic=deterministic)
     check(actual, expected(*given, is_causal=True), 0.2 if dtype == torch.bfloat16 else 0.01)
 
