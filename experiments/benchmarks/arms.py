@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from experiments.benchmarks import usual
 from lightning_reg import regularize
@@ -20,6 +19,7 @@ from lightning_reg.callbacks import (
     PredictionEntropyRegularizer,
     QKClip,
     RegMonitor,
+    Regularizer,
     SigmaReparam,
     StabilityMonitor,
     ZLossRegularizer,
@@ -49,6 +49,9 @@ class Addition:
     def after_step(self) -> None:
         """Called after an optimizer step."""
 
+    def scale(self, factor: float) -> None:
+        """Multiply the weights of the penalties."""
+
     def resume(self) -> None:
         """Called before a block of steps."""
 
@@ -64,22 +67,26 @@ class Regularized(Addition):
 
     def __init__(self, model: nn.Module, callbacks: list[Any]) -> None:
         super().__init__(model)
+        self.callbacks = callbacks
         self._regularizers = regularize(model, callbacks).__enter__()
 
     def add(self, loss: Tensor) -> Tensor:
         """The loss with penalties."""
         return self._regularizers.add(loss)
 
+    def scale(self, factor: float) -> None:
+        """Multiply the weights of the penalties, which compiled code does not contain."""
+        for callback in self.callbacks:
+            if isinstance(callback, Regularizer):
+                callback.weight *= factor
+                callback.update_strength(0, None)
+
     def resume(self) -> None:
-        """Watch attention and optimizers again."""
-        if self._regularizers._optimizer_hook is None:
-            self._regularizers._optimizer_hook = register_optimizer_step_post_hook(self._regularizers._count)
+        """Watch attention again."""
         Engine.of(self.model).begin()
 
     def pause(self) -> None:
-        """Give torch's attention back; the hook on optimizers would be called for those of other models too."""
-        self._regularizers._optimizer_hook.remove()
-        self._regularizers._optimizer_hook = None
+        """Give torch's attention back."""
         Engine.of(self.model).disarm()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ monitor those of no callback. QK-clip must leave the logits it promises.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from experiments.benchmarks import usual
 from experiments.benchmarks.arms import ARMS, NONE, Addition, Arm, Regularized, Usual
 from experiments.benchmarks.harness import Variant, gradients, quiet
 from experiments.benchmarks.tasks import Task
-from experiments.benchmarks.training import Fit, Mode, Training, attach_of, new_model, release
+from experiments.benchmarks.training import Fit, Training, attach_of, new_model, release
 from lightning_reg.callbacks import QKClip
 
 Gradients = dict[str, Tensor]
@@ -34,7 +34,7 @@ class Errors:
 
     Args:
         single: Largest difference in float32, relative to the largest gradient (weight, logit).
-        half: Difference of bf16 to the expected float32 gradients, relative in norm.
+        half: Difference of bf16 to the expected float32 gradients, relative in norm; compiled, to those of eager code.
         usual: The same of the usual way.
     """
 
@@ -43,7 +43,8 @@ class Errors:
     usual: float = float("nan")
 
 
-def check(task: Task, arm: Arm, device: torch.device, mode: Mode) -> Errors:
+@cache
+def check(task: Task, arm: Arm, device: torch.device) -> Errors:
     """Compare an arm with what it must compute.
 
     Raises:
@@ -63,7 +64,7 @@ def check(task: Task, arm: Arm, device: torch.device, mode: Mode) -> Errors:
             elif arm.expected == "sample":
                 errors = _check_sample(small, arm, device)
             else:
-                errors = _check_gradients(small, arm, device, mode)
+                errors = _check_gradients(small, arm, device)
     finally:
         torch.backends.cudnn.allow_tf32 = exact
         release(device)
@@ -76,14 +77,14 @@ def check(task: Task, arm: Arm, device: torch.device, mode: Mode) -> Errors:
     return errors
 
 
-def _check_gradients(task: Task, arm: Arm, device: torch.device, mode: Mode) -> Errors:
+def _check_gradients(task: Task, arm: Arm, device: torch.device) -> Errors:
     expected = _expected(task, arm, device, bf16=False)
     ours = _gradients(task, attach_of(arm), device)
     single = distance(ours, expected)
     plain = _gradients(task, Addition, device)
     if distance(plain, expected) < 10 * TOLERANCE:
         raise RuntimeError(f"{arm.name}: the expected gradients are those of nothing, so the comparison shows nothing.")
-    half = norm_distance(_gradients(task, attach_of(arm), device, bf16=True, mode=mode), expected)
+    half = norm_distance(_gradients(task, attach_of(arm), device, bf16=True), expected)
     return Errors(single, half, norm_distance(_expected(task, arm, device, bf16=True), expected))
 
 
@@ -92,11 +93,36 @@ def _expected(task: Task, arm: Arm, device: torch.device, bf16: bool) -> Gradien
     return reparametrized(found, new_model(task, device, sharp=True)) if arm.expected == "decomposition" else found
 
 
+def check_compiled(training: Training, arm: Arm, errors: Errors) -> float:
+    """Relative norm of the difference between the gradients of a compiled training and of the same in eager code.
+
+    The compiled one takes the sharpened weights of the other for the comparison; its own are put back.
+
+    Raises:
+        RuntimeError: If they differ by more than bf16 explains.
+    """
+    if arm.expected not in ("usual", "decomposition"):
+        return float("nan")
+    eager = Training(training.task, attach_of(arm), training.device, weight=WEIGHT, sharp=True)
+    before = [tensor.detach().clone() for tensor in training.tensors()]
+    training.take(eager.tensors())
+    training.addition.scale(WEIGHT)
+    error = norm_distance(training.gradients(), eager.gradients())
+    training.addition.scale(1 / WEIGHT)
+    training.take(before)
+    eager.close()
+    if not error <= HALF_FACTOR * errors.usual + HALF_FLOOR:
+        raise RuntimeError(
+            f"{arm.name}: compiled, its gradients differ by {error:.1e} from those of eager code, where bf16 explains "
+            f"{errors.usual:.1e}."
+        )
+    return error
+
+
 def _gradients(
-    task: Task, attach: Callable[[nn.Module, float], Addition], device: torch.device, *, bf16: bool = False,
-    mode: Mode = "eager",
-) -> Gradients:  # fmt: skip
-    training = Training(task, attach, device, mode, weight=WEIGHT, bf16=bf16, sharp=True)
+    task: Task, attach: Callable[[nn.Module, float], Addition], device: torch.device, *, bf16: bool = False
+) -> Gradients:
+    training = Training(task, attach, device, weight=WEIGHT, bf16=bf16, sharp=True)
     found = training.gradients()
     training.close()
     return found
@@ -144,8 +170,8 @@ def _check_sample(task: Task, arm: Arm, device: torch.device) -> Errors:
     allowed = SAMPLE_SIGMAS * squares**0.5 / DRAWS
     if off > allowed + TOLERANCE * penalty or off > 0.5 * penalty:
         raise RuntimeError(
-            f"{arm.name}: the mean of {DRAWS} samples is off by {off / penalty:.1e} of the whole, of which their spread "
-            f"explains {allowed / penalty:.1e}."
+            f"{arm.name}: the mean of {DRAWS} samples is off by {off / penalty:.1e} of the whole, of which their "
+            f"spread explains {allowed / penalty:.1e}."
         )
     return Errors(single=0.0)
 

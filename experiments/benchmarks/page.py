@@ -6,7 +6,7 @@ and is taken over as it is.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.benchmarks import attention, distributed, steps
@@ -31,7 +31,34 @@ COLOURS = {
 }  # fmt: skip
 AXES = {"length": "tokens", "layers": "layers", "width": "width"}
 
+HOW = """`make bench-gpu` measures (`experiments/benchmarks/`), `python -m experiments.benchmarks.page`
+writes this page; every number is in `speed/*.csv`, with hardware, versions and code in each line.
+
+An arm is timed only after its gradients were found to be those of the usual way (of the decomposition for
+sigma-Reparam, to the error of the mean for a sample of queries) on a two-layer copy of the model with the same tokens
+and heads, in float32 to 1e-4 of the largest and in bf16 to 1.5 times the usual way's own error plus 0.01; compiled,
+those of the same step in eager code. All arms of a table live in one process and run in blocks that alternate in
+rotating order. **Time** is the median of the ratios to the baseline's block of the same round [20th, 80th percentile];
+**memory** is the ratio of the largest sum of allocations within a step, parameters and optimizer state included: each
+arm's own, what the other arms hold between steps is taken off. **Host** is how long the CPU takes to queue a step:
+where it is close to the time, the GPU waits for Python. *The usual way* is what public code does: materialised
+probabilities, `torch.nn.utils.parametrizations.spectral_norm`, `x^2 / (x^2 + eps)` on hooks, logits in float32.
+"""
+KERNELS = """## Attention with entropy, as a kernel
+
+`functional.attention_with_entropy` against torch's attention without entropy; 16 heads, 16384 tokens in a call (32768
+at that length). Time on the device of forward, or of forward and backward (both), medians; `/ flash` is of paired
+ratios. Memory is beyond the inputs.
+"""
+SEVERAL = """## Several GPUs
+
+Parameters after five steps of a small copy in float32 against one process with whole batches and the hand-written
+terms (with ours where sigma-Reparam is involved), relative to the largest; then the full model in bf16, of which the
+slowest process counts.
+"""
+
 Lines = Sequence[Row]
+Cells = list[Sequence[str]]
 
 
 def render(directory: Path) -> str:
@@ -55,6 +82,8 @@ def render(directory: Path) -> str:
     parts += [_vit(chosen["steps"], mode, missed) for mode in MODES]
     parts += [_models(chosen["steps"], mode) for mode in MODES]
     parts += [_kernels(chosen["attention"], causal, missed) for causal in ("True", "False")]
+    if any(row["heads"] == "16" for row in chosen["attention"]):
+        parts += [f"![time and memory over the length]({directory.name}/attention.png)"]
     parts += [_other_attention(chosen["attention"]), _memory(chosen["attention"])]
     parts += [_accuracy(chosen["attention"], missed), _growth(chosen["steps"], directory.name)]
     parts += [_distributed([row for row in lines["distributed"] if _same_card(row, hardware)])]
@@ -74,20 +103,9 @@ def write(directory: Path) -> Path:
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
-def _head(lines: dict[str, Lines]) -> str:
+def _head(lines: Mapping[str, Lines]) -> str:
     rows = [row for own in lines.values() for row in own]
-    return f"""# Speed on a GPU
-
-{rows[0]["hardware"]}, bf16. `make bench-gpu` measures (`experiments/benchmarks/`), `python -m experiments.benchmarks.page` writes
-this page; every number is in `speed/*.csv`, with hardware, versions and code in each line.
-
-How: an arm is timed only after its gradients were found to be those of the usual way (of the decomposition for sigma-Reparam, to
-the error of the mean for a sample of queries) on a two-layer copy of the model with the same tokens and heads, in float32 to 1e-4
-of the largest and in bf16 to 1.5 times the usual way's own error plus 0.01. All arms of a table live in one process and run in
-blocks that alternate in rotating order. **Time** is the median of the ratios to the baseline's block of the same round
-[20th, 80th percentile]; **memory** is the ratio of the largest sum of allocations within a step, parameters and optimizer state
-included: each arm's own, what the other arms hold between steps is taken off. *The usual way* is what public code does:
-materialised probabilities, `torch.nn.utils.parametrizations.spectral_norm`, `x^2 / (x^2 + eps)` on hooks, logits in float32."""
+    return f"# Speed on a GPU\n\n{rows[0]['hardware']}, bf16. {HOW}"
 
 
 def _vit(rows: Lines, mode: str, missed: list[str]) -> str:
@@ -95,7 +113,8 @@ def _vit(rows: Lines, mode: str, missed: list[str]) -> str:
     own = _by_arm(rows, name, mode)
     if not own:
         return ""
-    table = [("added", "time", "bar", "memory", "bar", "the usual way: time", "memory", "fp32 error", "bf16 error")]
+    table: Cells = [("added", "time", "bar", "memory", "bar", "host, ms", "the usual way: time", "memory",
+                     "fp32 error", "bf16 error")]  # fmt: skip
     for arm in [arm for arm in OURS if arm in own]:
         row, usual = own[arm], own.get(arm + USUAL)
         bars = BARS.get(arm, (None, None))
@@ -105,13 +124,14 @@ def _vit(rows: Lines, mode: str, missed: list[str]) -> str:
             missed.append(f"{name}, {MODES[mode]}, {ARMS[arm].label}: no numbers, {row['error']}")
         table.append((
             ARMS[arm].label, _ratio(row), _bar(bars[0], number(row, "time_p50")), _times(row, "memory", 3),
-            _bar(bars[1], number(row, "memory")), _ratio(usual), _times(usual, "memory", 2),
+            _bar(bars[1], number(row, "memory")), _cell(row, "host_ms", 1), _ratio(usual), _times(usual, "memory", 2),
             _small(row, "error_fp32"), _small(row, "error_bf16"),
         ))  # fmt: skip
     base, trainer = own.get(NONE), own.get(TRAINER)
     said = _base(base, "The step without anything")
     if trainer and mode == "eager":
-        said += f" The monitors are against a Trainer without callbacks, {number(trainer, 'ms'):.1f} ms a step; they look at one in 50."
+        said += f" The monitors are against a Trainer without callbacks, {number(trainer, 'ms'):.1f} ms a step; "
+        said += "they look at one step in 50."
     graphs = _graphs(own) if mode != "eager" else ""
     return f"## {name}: {MODES[mode]}\n\n{said}{graphs}\n\n{_markdown(table)}"
 
@@ -128,7 +148,7 @@ def _models(rows: Lines, mode: str) -> str:
     found = {name: own for name in names if (own := _by_arm(rows, name, mode))}
     if not found:
         return ""
-    table = [("added", *(part for name in found for part in (f"{name}: time", "memory")))]
+    table: Cells = [("added", *(part for name in found for part in (f"{name}: time", "memory")))]
     for arm in [*OURS, *(name for name in ARMS if name.endswith(USUAL))]:
         if any(arm in own for own in found.values()):
             cells = [cell for own in found.values() for cell in _pair(own.get(arm))]
@@ -142,8 +162,9 @@ def _kernels(rows: Lines, causal: str, missed: list[str]) -> str:
     kind = "causal" if causal == "True" else "not causal"
     parts = []
     for head_dim in sorted({int(row["head_dim"]) for row in own}):
-        table = [("tokens", "direction", "output and entropy, ms", "/ flash", "/ fastest of torch", "entropy only / flash",
-                  "eager with entropy /", "memory, MiB", "eager's memory /")]  # fmt: skip
+        table: Cells = [("tokens", "direction", "output and entropy, ms", "/ flash", "/ fastest of torch",
+                         "entropy only / flash", "eager with entropy /", "memory, MiB",
+                         "eager's memory /")]  # fmt: skip
         for length in sorted({int(row["length"]) for row in own if row["head_dim"] == str(head_dim)}):
             for direction in attention.PASSES:
                 case = {r["variant"]: r for r in own if (r["length"], r["head_dim"], r["direction"])
@@ -154,12 +175,7 @@ def _kernels(rows: Lines, causal: str, missed: list[str]) -> str:
         parts.append(f"### {kind}, head dim {head_dim}\n\n{_markdown(table)}")
     if not parts:
         return ""
-    head = (
-        "## Attention with entropy, as a kernel\n\n`functional.attention_with_entropy` against torch's attention without "
-        "entropy; 16 heads, 16384 tokens in a call (32768 at that length). Time on the device of forward, or of forward "
-        "and backward (both), medians; `/ flash` of paired ratios. Memory beyond the inputs.\n\n"
-    )
-    return (head if causal == "True" else "") + "\n\n".join(parts)
+    return "\n\n".join([*([KERNELS.strip()] if causal == "True" else []), *parts])
 
 
 def _kernel_cells(case: dict[str, Row], length: int, causal: str, where: str, missed: list[str]) -> list[str]:
@@ -188,7 +204,8 @@ def _kernel_cells(case: dict[str, Row], length: int, causal: str, where: str, mi
 
 def _other_attention(rows: Lines) -> str:
     own = [row for row in rows if row["heads"] not in ("16", "4")]
-    table = [("attention", "direction", "ours, ms", "/ flash", "fastest of torch, ms", "eager with entropy, ms", "ours, MiB", "eager, MiB")]
+    table: Cells = [("attention", "direction", "ours, ms", "/ flash", "fastest of torch, ms", "eager with entropy, ms",
+                     "ours, MiB", "eager, MiB")]  # fmt: skip
     for batch, heads, length, head_dim, direction in dict.fromkeys(
         (row["batch"], row["heads"], row["length"], row["head_dim"], row["direction"]) for row in own
     ):
@@ -208,13 +225,15 @@ def _other_attention(rows: Lines) -> str:
 
 def _memory(rows: Lines) -> str:
     own = [row for row in rows if row["heads"] == "4" and row["variant"] == attention.FUSED]
-    table = [("tokens", "direction", "ms", "MiB", "bytes a token and head")]
+    table: Cells = [("tokens", "direction", "ms", "MiB", "bytes a token and head")]
     for row in sorted(own, key=lambda row: (row["direction"], int(row["length"]))):
         each = number(row, "memory") / (float(row["length"]) * float(row["heads"]) * float(row["batch"]))
-        table.append((row["length"], row["direction"], _cell(row, "ms", 2), _cell(row, "memory", 1, MIB), f"{each:.0f}"))
+        megabytes = _cell(row, "memory", 1, MIB)
+        table.append((row["length"], row["direction"], _cell(row, "ms", 2), megabytes, f"{each:.0f}"))
     if not own:
         return ""
-    return f"### Memory grows with the length, not with its square\n\nOne sequence, 4 heads of 64, causal.\n\n{_markdown(table)}"
+    head = "### Memory grows with the length, not with its square\n\nOne sequence, 4 heads of 64, causal."
+    return f"{head}\n\n{_markdown(table)}"
 
 
 def _accuracy(rows: Lines, missed: list[str]) -> str:
@@ -223,15 +242,16 @@ def _accuracy(rows: Lines, missed: list[str]) -> str:
         return ""
     entropy = max(own, key=lambda row: number(row, "entropy_error"))
     of_attention = [row for row in own if row["sdpa_error"]]
-    text = f"### Errors\n\nAgainst float64 with the same bf16 inputs, {len(own)} checks: the entropy is off by at most "
+    text = f"### Errors\n\nAgainst float64 with the same inputs, {len(own)} checks: the entropy is off by at most "
     text += f"{number(entropy, 'entropy_error'):.1e} nats ({entropy['length']} tokens)"
     _note(missed, ENTROPY_BAR, number(entropy, "entropy_error"), "attention: largest error of the entropy, nats")
     if of_attention:
         ratios = {_relative_error(row): row for row in of_attention}
         worst = max(ratios)
         _note(missed, GRADIENT_BAR, worst, "attention: error of the gradients / torch's own")
-        text += f"; gradients by at most x{worst:.2f} of what torch's own attention is off by ({ratios[worst]['length']} tokens, "
-        text += f"head dim {ratios[worst]['head_dim']}; {number(ratios[worst], 'gradient_error'):.1e} relative in norm)"
+        text += f"; gradients by at most x{worst:.2f} of what torch's own attention is off by "
+        text += f"({ratios[worst]['length']} tokens, head dim {ratios[worst]['head_dim']}; "
+        text += f"{number(ratios[worst], 'gradient_error'):.1e} relative in norm)"
     return text + "."
 
 
@@ -242,32 +262,28 @@ def _growth(rows: Lines, folder: str) -> str:
         values = sorted({int(row[axis]) for row in own})
         if not values:
             continue
-        arms = [arm for arm in ARMS if arm != NONE and any(row["arm"] == arm for row in own)]
-        table = [(label, "ms without", *(ARMS[arm].label for arm in arms))]
+        arms = [arm for arm in ARMS if arm not in (NONE, TRAINER) and any(row["arm"] == arm for row in own)]
+        table: Cells = [(label, "ms without", *(ARMS[arm].label for arm in arms))]
         for value in values:
             at = {row["arm"]: row for row in own if int(row[axis]) == value}
             table.append((str(value), _cell(at.get(NONE), "ms", 1), *(_ratio(at.get(arm)) for arm in arms)))
-        models = f"{own[0]['model'].split(',')[0]} and the like, batch {own[0]['batch']}" if axis != "length" else (
-            f"{own[0]['model'].rsplit(',', 1)[0]}, 16384 tokens in a step")  # fmt: skip
-        parts.append(f"### With the {axis}\n\n{models}.\n\n{_markdown(table)}\n\n![step time over {label}]({folder}/{axis}.png)")
+        models = "; ".join(dict.fromkeys(row["model"] for row in own))
+        head = f"### With the {axis}\n\n{models}; batch {_span(row['batch'] for row in own)}."
+        parts.append(f"{head}\n\n{_markdown(table)}\n\n![step time over {label}]({folder}/{axis}.png)")
     return "## How the cost grows\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _distributed(rows: Lines) -> str:
     if not rows:
         return ""
-    table = [("model", "strategy", "GPUs", "added", "ms", "time", "parameters off by", "without it they would be off by")]
+    table: Cells = [("model", "strategy", "GPUs", "added", "ms", "time", "parameters off by", "off without it")]
     for row in rows:
         off = (row["error"], DASH) if row["error"] else (_small(row, "distance"), _small(row, "without"))
         table.append((
             row["model"], {"ddp": "DDP", "fsdp2": "FSDP2"}[row["strategy"]], row["processes"],
             "nothing" if row["arm"] == NONE else ARMS[row["arm"]].label, _cell(row, "ms", 1), _ratio(row), *off,
         ))  # fmt: skip
-    return (
-        "## Several GPUs\n\nParameters after five steps of a small copy in float32 against one process with whole batches and the "
-        "hand-written terms (with ours where sigma-Reparam is involved), relative to the largest; then the full model in bf16, the "
-        f"slowest process counts. {rows[0]['hardware']}, {rows[0]['processes']} processes.\n\n{_markdown(table)}"
-    )
+    return f"{SEVERAL}\n{_markdown(table)}"
 
 
 def _missed(missed: list[str]) -> str:
@@ -276,7 +292,7 @@ def _missed(missed: list[str]) -> str:
     return "## Bars that are missed\n\n" + "\n".join(f"- {text}" for text in missed)
 
 
-def _provenance(chosen: dict[str, Lines], lines: dict[str, Lines]) -> str:
+def _provenance(chosen: Mapping[str, Lines], lines: Mapping[str, Lines]) -> str:
     rows = [row for own in chosen.values() for row in own]
     codes = Counter((row["commit"], row["source"]) for row in rows)
     text = [f"- {versions}" for versions in dict.fromkeys(row["versions"] for row in rows)]
@@ -289,7 +305,7 @@ def _provenance(chosen: dict[str, Lines], lines: dict[str, Lines]) -> str:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _main_hardware(lines: dict[str, Lines]) -> str:
+def _main_hardware(lines: Mapping[str, Lines]) -> str:
     return Counter(row["hardware"] for own in lines.values() for row in own).most_common(1)[0][0]
 
 
@@ -332,19 +348,27 @@ def _cell(row: Row | None, column: str, digits: int, unit: float = 1.0) -> str:
 
 
 def _base(row: Row | None, name: str) -> str:
-    if not _measured(row):
+    if row is None or not _measured(row):
         return ""
-    assert row is not None
-    return f"{name}: {number(row, 'ms'):.1f} ms, {number(row, 'peak') / GIB:.2f} GiB."
+    queued = f", queued in {number(row, 'host_ms'):.1f} ms" if row["host_ms"] else ""
+    return f"{name}: {number(row, 'ms'):.1f} ms, {number(row, 'peak') / GIB:.2f} GiB{queued}."
 
 
 def _over(row: Row | None, column: str, ours: Row) -> float:
     """A value of another in units of ours; NaN where there is none."""
-    return number(row, column) / number(ours, column) if _measured(row) and row and number(ours, column) else float("nan")
+    if row is None or not _measured(row) or not number(ours, column):
+        return float("nan")
+    return number(row, column) / number(ours, column)
 
 
 def _relative_error(row: Row) -> float:
     return number(row, "gradient_error") / number(row, "sdpa_error")
+
+
+def _span(values: Iterable[str]) -> str:
+    """Smallest to largest."""
+    numbers = sorted({int(value) for value in values})
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _bar(bar: float | None, value: float) -> str:
@@ -369,14 +393,15 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
 
 def draw(directory: Path) -> list[Path]:
     """Step time along each axis of growth, and time and memory of the kernels over the length."""
-    every = steps.table(directory).latest()
-    hardware = _main_hardware({"": every}) if every else ""
+    lines = {"steps": steps.table(directory).latest(), "attention": attention.table(directory).latest()}
+    hardware = _main_hardware(lines)
+    chosen = {name: [row for row in rows if row["hardware"] == hardware] for name, rows in lines.items()}
     paths = []
     for axis, label in AXES.items():
-        rows = [row for row in every if row["growth"] == axis and row["mode"] == "eager" and row["hardware"] == hardware]
+        rows = [row for row in chosen["steps"] if row["growth"] == axis and row["mode"] == "eager"]
         if rows:
             paths.append(_plot_growth(rows, axis, label, directory / f"{axis}.png"))
-    kernels = [row for row in attention.table(directory).latest() if row["heads"] == "16" and row["direction"] == "both"]
+    kernels = [row for row in chosen["attention"] if row["heads"] == "16" and row["direction"] == "both"]
     if kernels:
         paths.append(_plot_kernels(kernels, directory / "attention.png"))
     return paths
@@ -413,12 +438,10 @@ def _plot_kernels(rows: Lines, path: Path) -> Path:
         lambda row: number(row, "ms"), lambda row: number(row, "memory") / MIB,
     )  # fmt: skip
     for line, head_dim in zip(figure.subplots(2, 2), ("64", "128"), strict=True):
+        own = [row for row in rows if row["head_dim"] == head_dim and row["causal"] == "True" and row["ms"]]
         for place, of, name in zip(line, value, ("ms, forward and backward", "MiB beyond the inputs"), strict=True):
             for variant in [variant for variant in attention.VARIANTS if variant in COLOURS]:
-                points = sorted(
-                    (int(row["length"]), of(row)) for row in rows
-                    if row["variant"] == variant and row["head_dim"] == head_dim and row["causal"] == "True" and row["ms"]
-                )  # fmt: skip
+                points = sorted((int(row["length"]), of(row)) for row in own if row["variant"] == variant)
                 if points:
                     label = {"fused": "output and entropy", "eager": "eager, with entropy"}.get(variant, variant)
                     place.plot(*zip(*points), marker="o", markersize=4, color=COLOURS[variant], label=label)

@@ -57,9 +57,11 @@ def report(task: Task, arms: Sequence[Arm], device: torch.device, mode: Mode) ->
             training = Training(task, attach_of(arm), device, mode)
             training.warm_up()
             wall = min(1e3 * training.block(STEPS) for _ in range(2))
+            host = 1e3 * training.host
             found = kernels(training), functions(training)
         busy = sum(found[0].values())
-        print(f"\n{task.name}, {mode}, {arm.name}: {wall:.2f} ms a step, queued in {1e3 * training.host:.2f}, kernels {busy:.2f}")
+        times = f"{wall:.2f} ms a step, queued in {host:.2f}, kernels {busy:.2f}"
+        print(f"\n{task.name}, {mode}, {arm.name}: {times}")
         for title, own, before in zip(("kernel", "function"), found, base or (Counter(), Counter()), strict=True):
             change = {name: own[name] - before[name] for name in own.keys() | before.keys()}
             for name, more in sorted(change.items(), key=lambda item: -abs(item[1]))[:SHOWN]:

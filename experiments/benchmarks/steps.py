@@ -11,7 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from experiments.benchmarks.arms import ARMS, NONE, TRAINER, Arm, suits
-from experiments.benchmarks.checks import Errors, check
+from experiments.benchmarks.checks import Errors, check, check_compiled
 from experiments.benchmarks.harness import (
     Ratio,
     Variant,
@@ -154,8 +154,12 @@ def _measure_loops(task: Task, arms: Sequence[Arm], mode: Mode, settings: Settin
         with quiet(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             try:
-                found[arm.name] |= _errors(check(task, arm, settings.device, mode))
+                errors = check(task, arm, settings.device)
                 training = Training(task, attach_of(arm), settings.device, mode)
+                if mode != "eager":
+                    errors = replace(errors, half=check_compiled(training, arm, errors))
+                    release(settings.device)
+                found[arm.name] |= _errors(errors)
                 training.warm_up(WARMUP)
                 if arm.ours and training.breaks:
                     raise _Refused(f"graph breaks: {'; '.join(training.breaks)}"[:500])
@@ -198,7 +202,7 @@ def _measure_fits(task: Task, arms: Sequence[Arm], mode: Mode, settings: Setting
     for arm in arms:
         variant = Variant(arm.name, lambda: module, arm.callbacks, arguments)
         try:
-            found[arm.name] |= _errors(check(task, arm, settings.device, mode))
+            found[arm.name] |= _errors(check(task, arm, settings.device))
             found[arm.name]["peak"] = peak_allocation(variant, batches)
             variants.append(variant)
         except Exception as error:  # as above
@@ -282,8 +286,8 @@ def run(arguments: argparse.Namespace) -> list[Line]:
     return lines
 
 
-def main() -> None:
-    """Check, measure, print, write; fails where an arm of ours gets no numbers."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", nargs="*", default=[], choices=TASKS, help="what is trained")
     parser.add_argument("--growth", nargs="*", default=[], choices=GROWTH, help="sizes along an axis")
@@ -296,7 +300,12 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code, where this is no git checkout")
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test on a CPU, whose times mean nothing")
-    lines = run(parser.parse_args())
+    return parser
+
+
+def main() -> None:
+    """Check, measure, print, write; fails where an arm of ours gets no numbers."""
+    lines = run(parser().parse_args())
     if any(line.error and ARMS[line.arm].ours for line in lines):
         raise SystemExit("Some arms have no numbers: see above.")
 

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -138,6 +138,16 @@ class Training:
         found = {plain_name(name): p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad(set_to_none=True)
         return found
+
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers, those of the addition included."""
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    @torch.no_grad()
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Put other values into parameters and buffers."""
+        for own, other in zip(self.tensors(), tensors, strict=True):
+            own.copy_(other)
 
     def close(self) -> None:
         """Let go of the model."""

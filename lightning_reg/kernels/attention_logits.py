@@ -26,8 +26,9 @@ _NO_MASK, _BOOLEAN, _ADDITIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 def _logit_rows_kernel(
     query_ptr, key_ptr, mask_ptr, result_ptr, scale, heads, group, queries, keys, dim,
     query_b, query_h, query_m, key_b, key_g, key_n, mask_b, mask_h, mask_m, mask_n,
-    MAX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MAX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitude, or logarithm of the sum of exponentials, of ``ROWS`` rows of a head."""
     row, place = _rows_of(queries, ROWS)
@@ -44,13 +45,13 @@ def _logit_rows_kernel(
     for start in range(0, shared, KEYS):
         n = start + tl.arange(0, KEYS)
         k = _load(key_ptr, n, keys, key_n, dim, False, DIM, WHOLE_DIM, WIDEN)
-        score = _scores(q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n, MAX, False, CAUSAL, MASK,
+        score = _scores(q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n, MAX, False, CAUSAL, MASK, PER_ROW,
                         PRECISION)  # fmt: skip
         largest, total = _take(score, largest, total, MAX)
     for start in range(shared, last, KEYS):
         n = start + tl.arange(0, KEYS)
         k = _load(key_ptr, n, keys, key_n, dim, True, DIM, WHOLE_DIM, WIDEN)
-        score = _scores(q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n, MAX, True, CAUSAL, MASK,
+        score = _scores(q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n, MAX, True, CAUSAL, MASK, PER_ROW,
                         PRECISION)  # fmt: skip
         largest, total = _take(score, largest, total, MAX)
     if MAX:
@@ -68,8 +69,9 @@ def _logit_rows_kernel(
 def _query_gradient_kernel(
     query_ptr, key_ptr, mask_ptr, level_ptr, grad_ptr, weight_ptr, result_ptr, scale, heads, group, queries, keys, dim,
     query_b, query_h, query_m, key_b, key_g, key_n, mask_b, mask_h, mask_m, mask_n, result_b, result_h, result_m,
-    MAX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MAX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``ROWS`` queries. With MAX it leaves, for the keys, each row's largest score and its share of it."""
     row, place = _rows_of(queries, ROWS)
@@ -88,7 +90,7 @@ def _query_gradient_kernel(
                 n = start + tl.arange(0, KEYS)
                 k = _load(key_ptr, n, keys, key_n, dim, True, DIM, WHOLE_DIM, WIDEN)
                 score = _scores(q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n, MAX, True, CAUSAL, MASK,
-                                PRECISION)  # fmt: skip
+                                PER_ROW, PRECISION)  # fmt: skip
                 _, count = _take(score, weight, count, MAX)
             level = _row_maximum(count)
             tl.store(level_ptr + at, level, mask=row < queries)
@@ -99,7 +101,7 @@ def _query_gradient_kernel(
             n = start + tl.arange(0, KEYS)
             k = _load(key_ptr, n, keys, key_n, dim, True, DIM, WHOLE_DIM, WIDEN)
             score = _scores(q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n, MAX, True, CAUSAL, MASK,
-                            PRECISION)  # fmt: skip
+                            PER_ROW, PRECISION)  # fmt: skip
             push = _slope(score, level, MAX)
             if MAX:
                 count += tl.abs(push)
@@ -118,8 +120,9 @@ def _query_gradient_kernel(
 def _key_gradient_kernel(
     query_ptr, key_ptr, mask_ptr, level_ptr, weight_ptr, size_ptr, result_ptr, scale, heads, group, queries, keys, dim,
     query_b, query_h, query_m, key_b, key_g, key_n, mask_b, mask_h, mask_m, mask_n, result_b, result_g, result_n,
-    MAX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    MAX: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``KEYS`` keys, from all queries of all heads that share them."""
     blocks = tl.cdiv(keys, KEYS)
@@ -143,7 +146,7 @@ def _key_gradient_kernel(
                     query_ptr + b * query_b + h * query_h, row, queries, query_m, dim, True, DIM, WHOLE_DIM, WIDEN
                 )
                 score = _scores(q, k, mask_ptr + b * mask_b + h * mask_h, scale, row, n, queries, keys, mask_m, mask_n,
-                                MAX, True, CAUSAL, MASK, PRECISION)  # fmt: skip
+                                MAX, True, CAUSAL, MASK, PER_ROW, PRECISION)  # fmt: skip
                 push = _slope(score, level, MAX) * (weight / size)[:, None]
                 result += tl.dot(tl.trans(push.to(q.dtype)), q, input_precision=PRECISION)
     result *= size * _factor(scale, MAX, MASK)
@@ -188,18 +191,24 @@ def _store(ptr, x, token, tokens, stride, dim, DIM: tl.constexpr):
 @triton.jit
 def _scores(
     q, k, mask_ptr, scale, row, n, queries, keys, mask_m, mask_n,
-    MAX: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MAX: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PER_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores (rows, keys) to base 2, for MAX without their scale; with EDGE some may be out of sight."""
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     fill = 0.0 if MAX else _HIDDEN
     if MASK != _NO_MASK:
-        where = row[:, None].to(tl.int64) * mask_m + n[None, :].to(tl.int64) * mask_n
-        given = tl.load(mask_ptr + where, mask=(row[:, None] < queries) & (n[None, :] < keys), other=0)
+        where = n[None, :].to(tl.int64) * mask_n
+        inside = n[None, :] < keys
+        if PER_ROW:
+            where += row[:, None].to(tl.int64) * mask_m
+            inside &= row[:, None] < queries
+        given = tl.load(mask_ptr + where, mask=inside, other=0)
         if MASK == _ADDITIVE:
-            bias = given.to(tl.float32)
+            bias = tl.broadcast_to(given.to(tl.float32), score.shape)
             # one rounding, here as there: equal scores stay equal
-            score = tl.where(bias <= _MASKED_BIAS, fill, tl.fma(score, tl.full(score.shape, scale, tl.float32), bias))
+            score = tl.fma(score, tl.full(score.shape, scale, tl.float32), bias)
+            score = tl.where(bias <= _MASKED_BIAS, fill, score)
         else:
             if not MAX:
                 score *= scale
@@ -331,8 +340,9 @@ def _prepared(
     rows, columns, warps, stages = _tile(query, keys, backward)
     padded = max(16, triton.next_power_of_2(dim))
     options = {
-        "MAX": statistic == "max", "CAUSAL": is_causal, "MASK": kind, "ROWS": rows, "KEYS": columns, "DIM": padded,
-        "WHOLE_DIM": padded == dim, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "MAX": statistic == "max", "CAUSAL": is_causal, "MASK": kind, "PER_ROW": strides[2] != 0,
+        "ROWS": rows, "KEYS": columns, "DIM": padded, "WHOLE_DIM": padded == dim,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         "WIDEN": not query.is_cuda,  # the interpreter knows no products of bfloat16
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from experiments.benchmarks import attention, checks, distributed, harness, overhead, page, steps
 from experiments.benchmarks.arms import ARMS, Addition
@@ -178,13 +179,13 @@ def test_an_arm_that_computes_something_else_gets_no_numbers(name: str) -> None:
     other = ARMS["z_loss" if name == "density" else "density"]
     wrong = replace(ARMS[name], attach=other.attach)
     with pytest.raises(RuntimeError, match=name):
-        checks.check(TINY["gpt2-1k"], wrong, torch.device("cpu"), "eager")
+        checks.check(TINY["gpt2-1k"], wrong, torch.device("cpu"))
 
 
 def test_a_clip_that_clips_nothing_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "QKClip", lambda threshold: QKClip(threshold=2 * threshold))
     with pytest.raises(RuntimeError, match="qk_clip: differs"):
-        checks.check(TINY["llama"], ARMS["qk_clip"], torch.device("cpu"), "eager")
+        checks.check(TINY["llama"], ARMS["qk_clip"], torch.device("cpu"))
 
 
 def test_attention_off_by_a_rounding_of_bf16_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,7 @@ def test_long_attention_is_checked_in_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("mode", "graphs"), [("compiled", 1), ("blocks", 2)])
 def test_graphs_and_their_breaks_are_counted(monkeypatch: pytest.MonkeyPatch, mode: Mode, graphs: int) -> None:
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)  # all of compilation but C++
     training = Training(TINY["vit"], attach_of(ARMS["all"]), torch.device("cpu"), mode)
     training.warm_up()
     assert training.compiler.graphs <= graphs
@@ -218,7 +219,7 @@ def test_graphs_and_their_breaks_are_counted(monkeypatch: pytest.MonkeyPatch, mo
     training.close()
 
     def breaks(model: nn.Module, weight: float) -> Addition:
-        model.blocks[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())  # type: ignore[union-attr, operator]
+        model.blocks[0].norm1.register_forward_hook(lambda *_: torch._dynamo.graph_break())  # type: ignore[union-attr, operator]
         return Addition(model)
 
     training = Training(TINY["vit"], breaks, torch.device("cpu"), mode)
@@ -238,15 +239,26 @@ def test_an_arm_out_of_memory_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
     assert lines["density"].time_p50 > 0
 
 
-def test_nothing_of_a_paused_arm_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paused_arm_gives_attention_back() -> None:
     attention_function = torch.nn.functional.scaled_dot_product_attention
-    training = Training(TINY["vit"], attach_of(ARMS["all"]), torch.device("cpu"))
-    training.warm_up()
-    assert torch.nn.functional.scaled_dot_product_attention is attention_function
-    seen: list[Any] = []
-    monkeypatch.setattr(training.addition._regularizers, "_count", lambda *_: seen.append(1))
-    Training(TINY["vit"], Addition, torch.device("cpu")).warm_up()
-    assert not seen
+    for name in ("all", "qk_clip/usual"):
+        training = Training(TINY["vit"], attach_of(ARMS[name]), torch.device("cpu"))
+        training.warm_up()
+        assert torch.nn.functional.scaled_dot_product_attention is attention_function
+        training.close()
+
+
+def test_compiled_code_that_computes_something_else_gets_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)  # all of compilation but C++
+    arm, device = ARMS["all"], torch.device("cpu")
+    training = Training(TINY["vit"], attach_of(arm), device, "blocks")
+    before = [tensor.clone() for tensor in training.tensors()]
+    assert checks.check_compiled(training, arm, checks.Errors(usual=0.01)) < 0.01
+    assert all(torch.equal(old, new) for old, new in zip(before, training.tensors(), strict=True))
+    with torch.no_grad():
+        training.model.head.register_forward_hook(lambda module, args, output: 1.05 * output)  # type: ignore[union-attr, operator]
+    with pytest.raises(RuntimeError, match="compiled, its gradients differ"):
+        checks.check_compiled(training, arm, checks.Errors(usual=0.001))
     training.close()
 
 

@@ -75,14 +75,13 @@ def run(
     grad_entropy: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
-    deterministic: bool = True,
     **options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the kernels give: output, entropy, log-sum-exp and largest score; gradients of query, key and value."""
     chosen = tuple(settings(query, **options).values())
     results = attention_entropy.forward(query, key, value, bias, mask, *chosen)
     *gradients, none = attention_entropy.backward(
-        grad_output, grad_entropy, query, key, value, bias, mask, *results[:3], *chosen, deterministic, False
+        grad_output, grad_entropy, query, key, value, bias, mask, *results[:3], *chosen, True, False
     )
     assert none.shape == (0,)
     return list(results), gradients
@@ -158,11 +157,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_agree_with_float64(shape: str, deterministic: bool, is_causal: bool, device: str) -> None:
+def test_kernels_agree_with_float64(shape: str, is_causal: bool, device: str) -> None:
     given = tensors(device, **SHAPES[shape])  # type: ignore[arg-type]
-    actual = run(*given, deterministic=deterministic, is_causal=is_causal)
+    actual = run(*given, is_causal=is_causal)
     check(actual, expected(*given, is_causal=is_causal), 3e-5)
 
 
@@ -184,24 +182,20 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_positions_decide_what_is_seen(position: str, deterministic: bool, device: str) -> None:
+def test_positions_decide_what_is_seen(position: str, device: str) -> None:
     options: dict[str, Any] = POSITIONS[position]
     given = tensors(device, heads=2, groups=1, rows=70, keys=150)
-    check(run(*given, deterministic=deterministic, **options), expected(*given, **options), 5e-5)
+    check(run(*given, **options), expected(*given, **options), 5e-5)
 
 
 TABLES = {"full": (2, 2, 70, 75), "keys": (2, 1, 1, 75), "queries": (1, 2, 70, 1), "shared": (1, 1, 70, 75)}
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("kind", ["mask", "bias", "both"])
 @pytest.mark.parametrize("table", TABLES)
-def test_masks_and_biases_of_every_broadcast_shape(
-    table: str, kind: str, is_causal: bool, deterministic: bool, device: str
-) -> None:
+def test_masks_and_biases_of_every_broadcast_shape(table: str, kind: str, is_causal: bool, device: str) -> None:
     given = tensors(device, batch=2)
     mask = bias = None
     if kind != "bias":
@@ -210,7 +204,7 @@ def test_masks_and_biases_of_every_broadcast_shape(
         bias = torch.randn(TABLES[table], device=device)
         bias = bias.masked_fill(torch.rand(TABLES[table], device=device) > 0.8, -1e9).to(torch.bfloat16)
     options = dict(bias=bias, mask=mask, is_causal=is_causal)
-    check(run(*given, deterministic=deterministic, **options), expected(*given, **options), 5e-5)
+    check(run(*given, **options), expected(*given, **options), 5e-5)
 
 
 @pytest.mark.parametrize("hiding", [-math.inf, torch.finfo(torch.float32).min, -1e4, -5e3])
@@ -221,12 +215,11 @@ def test_every_usual_fill_of_a_bias_hides(hiding: float, device: str) -> None:
     check(run(*given, bias=bias), expected(*given, mask=shown), 1e-5)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_rows_that_see_nothing_are_zero(deterministic: bool, device: str) -> None:
+def test_rows_that_see_nothing_are_zero(device: str) -> None:
     given = tensors(device, rows=33, keys=40)
     mask = torch.rand(1, 1, 33, 40, device=device) > 0.5
     mask[:, :, ::4] = False
-    (output, entropy, lse, largest), gradients = run(*given, mask=mask, deterministic=deterministic)
+    (output, entropy, lse, largest), gradients = run(*given, mask=mask)
     for found in (output, entropy, lse, gradients[0]):
         assert (found[:, :, ::4] == 0).all()
     assert (largest[:, :, ::4] == -math.inf).all()
@@ -236,39 +229,35 @@ def test_rows_that_see_nothing_are_zero(deterministic: bool, device: str) -> Non
 @pytest.mark.parametrize("sizes", [dict(batch=0), dict(rows=0), dict(keys=0)], ids=str)
 def test_nothing_in_is_nothing_out(sizes: dict[str, int], device: str) -> None:
     given = tensors(device, **sizes)  # type: ignore[arg-type]
-    for deterministic in (False, True):
-        check(run(*given, deterministic=deterministic), expected(*given), 0.0)
+    check(run(*given), expected(*given), 0.0)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("used", ["entropy", "output", "neither"])
-def test_an_output_that_nobody_used_has_no_gradient(used: str, deterministic: bool, device: str) -> None:
+def test_an_output_that_nobody_used_has_no_gradient(used: str, device: str) -> None:
     *given, grad_output, grad_entropy = tensors(device)
     given += [grad_output if used == "output" else None, grad_entropy if used == "entropy" else None]
-    check(run(*given, is_causal=True, deterministic=deterministic), expected(*given, is_causal=True), 1e-5)
+    check(run(*given, is_causal=True), expected(*given, is_causal=True), 1e-5)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_entropy_alone_is_that_of_the_attention(deterministic: bool, device: str) -> None:
+def test_entropy_alone_is_that_of_the_attention(device: str) -> None:
     query, key, value, _, grad_entropy = tensors(device, heads=4)
     given = query, key, None, None, grad_entropy
-    actual = run(*given, is_causal=True, window=30, deterministic=deterministic)
+    actual = run(*given, is_causal=True, window=30)
     check(actual, expected(*given, is_causal=True, window=30), 1e-5)
     with_output, _ = run(query, key, value, None, grad_entropy, is_causal=True, window=30)
     for alone, beside in zip(actual[0][1:], with_output[1:]):
         assert torch.equal(alone, beside)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [32, 128])
-def test_half_precision_is_as_exact_as_torch(dim: int, dtype: torch.dtype, deterministic: bool, device: str) -> None:
+def test_half_precision_is_as_exact_as_torch(dim: int, dtype: torch.dtype, device: str) -> None:
     given = tensors(device, heads=1, groups=1, rows=140, keys=140, dim=dim, columns=dim, dtype=dtype)
     *inputs, grad_output, _ = given
-    actual = run(*given, is_causal=True, deterministic=deterministic)
+    actual = run(*given, is_causal=True)
     check(actual, expected(*given, is_causal=True), 0.2 if dtype == torch.bfloat16 else 0.01)
 
-    (output, *_), gradients = run(*inputs, grad_output, None, is_causal=True, deterministic=deterministic)
+    (output, *_), gradients = run(*inputs, grad_output, None, is_causal=True)
     wanted, right = expected(*inputs, grad_output, None, is_causal=True)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     torch_output = F.scaled_dot_product_attention(*leaves, is_causal=True)
@@ -323,12 +312,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_gives_the_same_numbers(layout: str, deterministic: bool, device: str) -> None:
+def test_any_layout_gives_the_same_numbers(layout: str, device: str) -> None:
     given = [LAYOUTS[layout](tensor) for tensor in tensors(device, batch=2)[:4]]
     given.append(torch.randn(70, 2, 2, device=device).permute(2, 1, 0))
-    options = dict(is_causal=True, window=40, deterministic=deterministic)
+    options = dict(is_causal=True, window=40)
     actual = run(*given, **options)
     plain = run(*(tensor.contiguous() for tensor in given), **options)
     check(actual, ([*plain[0]], [*plain[1]]), 1e-6)
@@ -349,9 +337,7 @@ def test_offsets_beyond_two_to_the_31(layout: str, device: str) -> None:
     for view in views:
         view.copy_(torch.randn(view.shape))
     grad_entropy = torch.randn(2, 1, 20, device=device)
-    for deterministic in (False, True):
-        actual = run(*views, grad_entropy, deterministic=deterministic)
-        check(actual, expected(*views, grad_entropy), 4e-3)
+    check(run(*views, grad_entropy), expected(*views, grad_entropy), 4e-3)
 
 
 @pytest.mark.gpu
@@ -359,16 +345,15 @@ def test_more_than_two_to_the_31_elements() -> None:
     rows = 2**25 + 70
     query, key = (torch.randn(1, 1, rows, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     grad_entropy = torch.ones(1, 1, rows, device="cuda")
-    for deterministic in (False, True):
-        whole = run(query, key, None, None, grad_entropy, is_causal=True, window=64, deterministic=deterministic)
-        last = [tensor[:, :, -256:] for tensor in (query, key)]
-        part = expected(*last, None, None, grad_entropy[:, :, -256:], is_causal=True, window=64)
-        for found, right in ((whole[0][1], part[0][1]), *zip(whole[1][:2], part[1][:2])):
-            torch.testing.assert_close(found[:, :, -128:].double(), right[:, :, -128:], atol=2e-2, rtol=2e-2)
+    whole = run(query, key, None, None, grad_entropy, is_causal=True, window=64)
+    last = [tensor[:, :, -256:] for tensor in (query, key)]
+    part = expected(*last, None, None, grad_entropy[:, :, -256:], is_causal=True, window=64)
+    for found, right in ((whole[0][1], part[0][1]), *zip(whole[1][:2], part[1][:2])):
+        torch.testing.assert_close(found[:, :, -128:].double(), right[:, :, -128:], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("with_value", [False, True])
-def test_deterministic_gradients_repeat_bit_for_bit(with_value: bool, device: str) -> None:
+def test_gradients_repeat_bit_for_bit(with_value: bool, device: str) -> None:
     query, key, value, grad_output, grad_entropy = tensors(device, rows=100, keys=100)
     given = (query, key, value, grad_output) if with_value else (query, key, None, None)
     first, second = (run(*given, grad_entropy, is_causal=True)[1] for _ in range(2))
