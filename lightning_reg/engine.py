@@ -71,6 +71,7 @@ class _Join(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         for_penalty = grad.reshape(ctx.like.shape).to(ctx.like.dtype)
         ctx.engine.gradient = for_penalty.detach()
+        ctx.engine.enter_backward()
         return grad, for_penalty, None
 
 
@@ -84,7 +85,8 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor, None, None]:
-        scale = ctx.engine.gradient.to(ctx.like.device) * ctx.coefficient.to(ctx.like.device)
+        # the coefficient stays on the CPU: a number to the device, no copy that waits
+        scale = ctx.engine.gradient.to(ctx.like.device) * ctx.coefficient
         return grad, scale.to(ctx.like.dtype), None, None
 
 
@@ -273,6 +275,8 @@ class Engine:
         """
         if loss.numel() != 1:
             raise ValueError(f"the loss must have one element, got shape {tuple(loss.shape)}; reduce it first.")
+        if loss.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._check_capture()
         total = None
         for regularizer, taps in self.taps.items():
             weighted = self._total(regularizer, taps, loss.device) if regularizer.penalizes else None
@@ -309,6 +313,20 @@ class Engine:
         output = {**output, "loss": self.join(output["loss"])} if isinstance(output, Mapping) else self.join(output)
         self.check_first_step()
         return output
+
+    def enter_backward(self) -> None:
+        """Let compiled code in a checkpoint do again what it did in forward; what it leaves is not collected."""
+        if not self._compiled:
+            return
+        collecting, self.collecting = self.collecting, True
+        kept = [(tap, len(tap.records)) for taps in self.taps.values() for tap in taps]
+
+        def leave() -> None:
+            self.collecting = collecting
+            for tap, count in kept:
+                del tap.records[count:]
+
+        torch.autograd.Variable._execution_engine.queue_callback(leave)  # type: ignore[attr-defined]
 
     def after_backward(self) -> None:
         """Check that every deferred penalty was injected.
@@ -542,6 +560,21 @@ class Engine:
         rows = [row for row in rows if row[1].penalizes or (row[0].site, row[1].role) not in covered]
         if rows:
             _print_matches(rows)
+
+    def _check_capture(self) -> None:
+        """A CUDA graph repeats what this step launches: what Python decides anew in each step would stand still."""
+        for regularizer in self.taps:
+            changing = {
+                "schedule": getattr(regularizer, "schedule", None) is not None,
+                "query_fraction": regularizer.query_fraction < 1,
+            }
+            for argument, changes in changing.items():
+                if changes:
+                    raise RuntimeError(
+                        f"`{argument}` of {regularizer.name} changes from step to step, but a CUDA graph that captures "
+                        "the loss would repeat this step for good. Leave it out, or let "
+                        "`torch.compile(mode='reduce-overhead')` capture the model, which leaves the loss outside."
+                    )
 
     def _check_gradient(self, tap: Tap) -> None:
         flat = tap.collected and any(p is not None and not p.requires_grad for p, _ in tap.records[: tap.collected])

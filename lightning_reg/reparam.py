@@ -415,9 +415,6 @@ class Updates:
     def __deepcopy__(self, memo: dict) -> None:
         return None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Updates, ([],)
-
     @torch.no_grad()
     def step(self) -> None:
         """Bring u and v of every layer up to date."""
@@ -628,7 +625,7 @@ def fold_checkpoint(path: str | Path, output: str | Path | None = None, *, weigh
     if not path.is_file():
         raise ValueError(
             f"`path` must be a checkpoint file, got {str(path)!r}. Consolidate a sharded checkpoint first: "
-            "`python -m lightning.pytorch.utilities.consolidate_checkpoint`."
+            "`python -m lightning.fabric.utilities.consolidate_checkpoint`."
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)

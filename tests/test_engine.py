@@ -135,6 +135,16 @@ def test_compiled_net_that_holds_a_checkpoint_equals_eager(use_reentrant: bool) 
     assert tiny.distance(tiny.parameters(module), wanted) <= EXACT
 
 
+def test_compiled_blocks_inside_a_nonreentrant_checkpoint_equal_eager() -> None:
+    settings = {"accumulate_grad_batches": 3}
+    wanted = reference(tiny.Tiny, {}, settings)
+    torch.compiler.reset()
+    module = tiny.Tiny(use_reentrant=False)
+    for block in module.net.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert tiny.distance(tiny.fit(module, tiny.regularizers(), **settings), wanted) <= EXACT
+
+
 def test_compiled_block_inside_reentrant_checkpoint_raises() -> None:
     torch.compiler.reset()
     module = tiny.Tiny(use_reentrant=True)

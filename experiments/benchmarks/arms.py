@@ -196,10 +196,12 @@ def _arms() -> Iterator[Arm]:
          "usual", ("prediction_entropy",)),
     ):  # fmt: skip
         yield Arm(name, label, _regularized(callbacks), expected, parts)  # type: ignore[arg-type]
-    for name, parts in (("entropy", ("entropy",)), ("sigma", ("sigma",)), ("density", ("density",)),
-                        ("all", ("entropy", "density", "sigma")), ("z_loss", ("z_loss",)),
-                        ("prediction_entropy", ("prediction_entropy",))):  # fmt: skip
-        yield Arm(name + USUAL, f"{name}, the usual way", _usual(parts))
+    usual_ways: dict[str, tuple[str, ...]] = {
+        "entropy": ("entropy",), "sigma": ("sigma",), "density": ("density",), "all": ("entropy", "density", "sigma"),
+        "z_loss": ("z_loss",), "prediction_entropy": ("prediction_entropy",),
+    }  # fmt: skip
+    for name, usual_parts in usual_ways.items():
+        yield Arm(name + USUAL, f"{name.replace('_', ' ')}, the usual way", _usual(usual_parts))
     yield Arm("qk_clip" + USUAL, "QK-clip, the usual way", lambda model, weight: UsualClip(model, THRESHOLD))
     yield Arm(TRAINER, "Trainer without callbacks", None)
     yield Arm("monitor", "`RegMonitor`", None, "plain", callbacks=lambda: [RegMonitor()])

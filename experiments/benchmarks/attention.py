@@ -10,7 +10,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.benchmarks.harness import Ratio, alternate, paired_ratio, peak_bytes, percentiles
 from experiments.benchmarks.results import DIRECTORY, Row, Table, provenance
-from experiments.benchmarks.training import release, synchronize
+from experiments.benchmarks.training import release, settle, synchronize
 from lightning_reg.functional import attention_entropy, attention_entropy_from_scores, attention_with_entropy
 
 FUSED, FLASH, EAGER, ENTROPY = "fused", "flash", "eager", "entropy only"
@@ -129,8 +128,8 @@ def function(variant: str, case: Case) -> Callable[..., tuple[Tensor, ...]]:
     return partial(_sdpa, backend=BACKENDS[variant], causal=case.causal)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend | None, causal: bool) -> tuple[Tensor, ...]:
-    with nullcontext() if backend is None else sdpa_kernel(backend):
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend, causal: bool) -> tuple[Tensor, ...]:
+    with sdpa_kernel(backend):
         return (F.scaled_dot_product_attention(query, key, value, is_causal=causal),)
 
 
@@ -202,11 +201,11 @@ def _check_attention(case: Case, inputs: list[Tensor]) -> Errors:
     chosen = [grads[0][..., rows, :].double(), grads[1][..., rows].double()]
     exact = [tensor.detach().double() for tensor in inputs]
     exact[0] = exact[0][..., rows, :]
-    exact = [tensor.requires_grad_() for tensor in exact]
-    expected = _rows(*exact, rows if case.causal else None)
+    query, key, value = exact = [tensor.requires_grad_() for tensor in exact]
+    expected = _rows(query, key, value, rows if case.causal else None)
     ours = _of_rows(torch.autograd.grad(outputs, inputs, grads), rows)
     wanted = torch.autograd.grad(expected, exact, chosen, retain_graph=True)
-    (plain,) = _sdpa(*inputs, backend=None, causal=case.causal)
+    plain = F.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], is_causal=case.causal)
     of_torch = _of_rows(torch.autograd.grad(plain, inputs, grads[0]), rows)
     wanted_of_torch = torch.autograd.grad(expected[0], exact, chosen[0])
     if _norm([outputs[0][..., rows, :]], [expected[0]]) > OUTPUT_TOLERANCE:
@@ -387,6 +386,7 @@ def run(arguments: argparse.Namespace) -> list[Line]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     file, where = table(arguments.results), provenance(arguments.commit)
+    settle()
     lines: list[Line] = []
     for case, suited in cases(arguments.tiny):
         if not _asked_for(case, arguments):

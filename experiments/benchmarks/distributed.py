@@ -7,6 +7,7 @@ where sigma-Reparam is involved, which has no equal in torch, with ours.
 """
 
 import argparse
+import gc
 import os
 import statistics
 import warnings
@@ -27,7 +28,7 @@ from experiments.benchmarks.arms import ARMS, NONE, Addition, Arm, Usual
 from experiments.benchmarks.harness import Ratio, alternate, paired_ratio, percentiles, quiet
 from experiments.benchmarks.results import DIRECTORY, Row, Table, provenance
 from experiments.benchmarks.tasks import TASKS, TINY, Batch, Task
-from experiments.benchmarks.training import Training, attach_of, plain_name, release
+from experiments.benchmarks.training import Training, attach_of, plain_name, release, settle
 
 ARM_NAMES = (NONE, "entropy", "sigma", "density", "all", "qk_clip")
 STRATEGIES = ("ddp", "fsdp2")
@@ -175,6 +176,7 @@ def measure(
         values: dict[str, Any] = {**found, "remark": " ".join(texts)[:300]}
         lines[arm.name] = replace(lines[arm.name], **values)
         _say(f"{task.name}, {strategy}, {arm.name}: {found}")
+    settle()
     hosts: dict[str, list[float]] = {name: [] for name in alive}
 
     def block(name: str) -> float:
@@ -185,6 +187,7 @@ def measure(
         return float(seconds)
 
     times = alternate({name: partial(block, name) for name in alive}, rounds)
+    gc.unfreeze()  # what is alive must be collected in the end
     for name, own in times.items():
         spread, ratio = percentiles([1e3 * seconds for seconds in own]), Ratio(*[float("nan")] * 3)
         if NONE in times:

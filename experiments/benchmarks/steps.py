@@ -35,7 +35,7 @@ from experiments.benchmarks.harness import (
 )
 from experiments.benchmarks.results import DIRECTORY, Row, Table, provenance
 from experiments.benchmarks.tasks import GROWTH, TASKS, TINY, TINY_GROWTH, Task
-from experiments.benchmarks.training import MODES, Fit, Mode, Training, attach_of, release
+from experiments.benchmarks.training import MODES, Fit, Mode, Training, attach_of, release, settle
 
 WARMUP = 3
 MIB = 2**20
@@ -116,8 +116,9 @@ class _Refused(Exception):
 
 def measure(task: Task, arms: Sequence[Arm], mode: Mode, settings: Settings, growth: str = "") -> list[Line]:
     """Check and time arms of one baseline, which is among them."""
+    settle()
     with_trainer = arms[0].attach is None
-    sizes = {"layers": task.layers, "width": task.width, "length": task.length, "batch": task.batch}
+    sizes: dict[str, Any] = {"layers": task.layers, "width": task.width, "length": task.length, "batch": task.batch}
     lines = {arm.name: Line(growth, task.name, mode, arm.name, arm.baseline, **sizes) for arm in arms}
     found = (_measure_fits if with_trainer else _measure_loops)(task, arms, mode, settings)
     times = {name: values["times"] for name, values in found.items() if "times" in values}
@@ -175,7 +176,7 @@ def _measure_loops(task: Task, arms: Sequence[Arm], mode: Mode, settings: Settin
         release(settings.device)
         state = f"no numbers, {found[arm.name]['error']}" if arm.name not in alive else "ready"
         print(f"{task.name}, {mode}, {arm.name}: {state}, {time.perf_counter() - start:.0f} s", flush=True)
-    gc.freeze()  # a collection looks at the objects of one model's steps, not at all models
+    settle()
     hosts: dict[str, list[float]] = {name: [] for name in alive}
 
     def block(name: str) -> float:
@@ -184,7 +185,7 @@ def _measure_loops(task: Task, arms: Sequence[Arm], mode: Mode, settings: Settin
         return seconds
 
     times = alternate({name: partial(block, name) for name in alive}, settings.rounds, settings.budget)
-    gc.unfreeze()
+    gc.unfreeze()  # what is alive must be collected in the end
     for name, training in alive.items():
         if training.compiler.graphs != found[name]["graphs"]:
             found[name]["error"] = "was compiled again while it was timed"

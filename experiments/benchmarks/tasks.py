@@ -67,7 +67,7 @@ class Task:
             return Bag(self.width, 512, 256, self.classes)
         import transformers
 
-        common = {"use_cache": False, "vocab_size": self.classes, "bos_token_id": 0, "eos_token_id": 0}
+        common: dict[str, Any] = {"use_cache": False, "vocab_size": self.classes, "bos_token_id": 0, "eos_token_id": 0}
         if self.kind == "gpt2":
             config: Any = transformers.GPT2Config(
                 n_embd=self.width, n_layer=self.layers, n_head=self.heads, n_inner=hidden, n_positions=self.length,

@@ -114,7 +114,8 @@ class Training:
         for _ in range(steps):
             self.step()
         self.addition.pause()
-        self.breaks = [str(reason) for reason in torch._dynamo.utils.counters["graph_break"]]
+        if self.compiler.graphs:
+            self.breaks = [str(reason) for reason in torch._dynamo.utils.counters["graph_break"]]
 
     def block(self, steps: int) -> float:
         """Seconds of a step, the mean of ``steps`` after one that is not timed."""
@@ -190,10 +191,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def release(device: torch.device) -> None:
-    """Give memory back that nothing refers to."""
+def settle() -> None:
+    """Spare later collections what is there now, modules and models: they took longer than many a step."""
     gc.collect()
+    gc.freeze()
+
+
+def release(device: torch.device) -> None:
+    """Give memory of the device back that nothing refers to."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -72,7 +72,7 @@ def add_entropy(net: nn.Module, terms: Terms, weight: float) -> None:
                 _training_only(lambda module, args: collect(args[0], causal=False))
             )
     else:
-        net.attention.register_forward_hook(lambda module, args, output: collect(output, causal=False))  # type: ignore[operator]
+        net.attention.register_forward_hook(lambda module, args, output: collect(output, causal=False))  # type: ignore[operator, union-attr]
 
 
 def add_density(net: nn.Module, terms: Terms, weight: float, epsilon: float) -> None:

@@ -222,6 +222,11 @@ class SigmaReparam(Callback):
                 f"SigmaReparam does not work with {type(trainer.strategy).__name__}, which flattens the parameters. "
                 "Use `ModelParallelStrategy` (FSDP2) or `DDPStrategy`."
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.precision in ("bf16-true", "16-true"):
+            raise RuntimeError(
+                "SigmaReparam keeps its gains in float32, but FSDP2 takes parameters of one dtype only, here those of "
+                f"`precision={trainer.precision!r}`. Use `precision='bf16-mixed'`, or `DDPStrategy`."
+            )
         check_before_averaging(trainer, self, "gains")
 
     def _attach(self, pl_module: pl.LightningModule, lenient: bool) -> None:

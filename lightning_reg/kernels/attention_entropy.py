@@ -28,6 +28,23 @@ except ImportError:
 LARGEST_DIM = 256
 L2_BYTES = 2**24  # keys and values of heads that run together
 
+# rows and keys of a block, warps, stages; by kernel and largest dim; rows of "query" are a multiple of those of "key"
+BLOCKS = {  # measured on an H100
+    "forward": {64: (64, 128, 4, 2), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+    "query": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+    "key": {64: (32, 128, 4, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+}
+SMALL_BLOCKS = {  # fit the registers and 99 KiB of shared memory of other GPUs
+    "forward": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 1)},
+    "query": {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
+    "key": {64: (32, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 4, 1)},
+}
+FLOAT32_BLOCKS = {
+    "forward": {64: (64, 32, 4, 2), 128: (64, 16, 4, 2), 256: (64, 16, 4, 1)},
+    "query": {64: (64, 32, 4, 2), 128: (64, 16, 4, 1), 256: (64, 16, 8, 1)},
+    "key": {64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 64, 8, 1)},
+}
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED_BIAS = tl.constexpr(-5e3)  # of functional/attention_entropy.py
@@ -74,7 +91,7 @@ def forward(
     output = query.new_empty(0) if value is None else _empty(query, heads, rows, columns)
     if entropy.numel() == 0 or keys == 0:
         return output.zero_(), entropy.zero_(), lse.zero_(), largest.fill_(-math.inf)
-    block_m, block_n, warps, stages = _forward_blocks(query, columns)
+    block_m, block_n, warps, stages = _blocks("forward", query, columns)
     left, right, has_left, has_right = _spans(is_causal, window)
     tensors = (query, key, value, None if value is None else output)
     described, tiles = _tiles(tensors, (block_m, block_n, block_n, block_m))
@@ -137,7 +154,7 @@ def backward(
     if grad_output is None:
         value, grad_value = None, grad_value.zero_()
 
-    block_m, block_n, warps, stages = _query_blocks(query, columns)
+    block_m, block_n, warps, stages = _blocks("query", query, columns)
     blocks = _cdiv(rows, block_m)
     statistics = query.new_empty(3, batch * heads, blocks * block_m, dtype=torch.float32)
     left, right, has_left, has_right = _spans(is_causal, window)
@@ -156,7 +173,7 @@ def backward(
         **constants, TMA=described, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
-    block_m, block_n, warps, stages = _key_blocks(query, columns)
+    block_m, block_n, warps, stages = _blocks("key", query, columns)
     blocks = _cdiv(keys, block_n)
     described, tiles = _tiles((query, key, value, grad_output), (block_m, block_n, block_n, block_m))
     _attention_entropy_backward_key_kernel[(blocks * batch * groups,)](
@@ -206,8 +223,8 @@ def _tiles(tensors: tuple[Tensor | None, ...], rows: tuple[int, ...]) -> tuple[b
         if tensor is None:
             found += (None, 0, 0, 0)
             continue
-        template = _described(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, size)
-        if template is None:
+        template = _described(tensor.shape, tensor.stride(), tensor.dtype, size)
+        if template is None or tensor.data_ptr() % 16 or not _is_hopper(tensor.device):
             break
         described = copy(template)  # a third of the time of making one
         described.base = tensor
@@ -218,10 +235,10 @@ def _tiles(tensors: tuple[Tensor | None, ...], rows: tuple[int, ...]) -> tuple[b
 
 
 @lru_cache(4096)
-def _described(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, shift: int, rows: int) -> Any:
+def _described(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> Any:
     """A descriptor without its tensor; None where the tensor memory accelerator cannot address it."""
     size = dtype.itemsize
-    if TensorDescriptor is None or shift or shape[3] * size < 16:
+    if TensorDescriptor is None or shape[3] * size < 16:
         return None
     if any(n > 1 and (stride <= 0 or stride * size % 16) for n, stride in zip(shape[:3], strides)):
         return None
@@ -251,10 +268,10 @@ def _cdiv(number: int, size: int) -> int:
 
 
 def _precision(tensor: Tensor) -> str:
-    """How products are taken; Triton's interpreter takes none of bfloat16."""
+    """How products are taken: those of float32 as three of TF32, exact to 2**-22; the interpreter has no bfloat16."""
     if not tensor.is_cuda:
         return "upcast"
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+    return "tf32x3" if tensor.dtype == torch.float32 else "tf32"
 
 
 def _table(table: Tensor | None) -> tuple[Any, ...]:
@@ -281,34 +298,16 @@ def _group(first: Tensor, second: Tensor | None, uneven: bool) -> int:
     return max(1, min(L2_BYTES // (size * first.element_size()), 64))
 
 
-def _forward_blocks(query: Tensor, columns: int) -> tuple[int, int, int, int]:
-    """Rows and keys of a block, warps and stages of the forward kernel, measured on an H100."""
-    dim = max(_padded(query.shape[3]), _padded(columns))
-    if query.dtype == torch.float32:
-        return (64, 32, 4, 2) if dim <= 64 else (32, 32, 4, 2) if dim <= 128 else (32, 16, 4, 1)
-    if dim <= 64:
-        return 64, 128, 4, 2
-    return (128, 64, 8, 3) if dim <= 128 else (128, 64, 8, 2)
+def _blocks(kernel: str, query: Tensor, columns: int) -> tuple[int, int, int, int]:
+    """Rows and keys of a block, warps and stages."""
+    tables = FLOAT32_BLOCKS if query.dtype == torch.float32 else BLOCKS if _is_hopper(query.device) else SMALL_BLOCKS
+    return tables[kernel][max(64, _padded(query.shape[3]), _padded(columns))]
 
 
-def _query_blocks(query: Tensor, columns: int) -> tuple[int, int, int, int]:
-    """The same for the gradient of the queries; their rows are a multiple of those in ``_key_blocks``."""
-    dim = max(_padded(query.shape[3]), _padded(columns))
-    if query.dtype == torch.float32:
-        return (32, 32, 4, 2) if dim <= 64 else (32, 16, 4, 1) if dim <= 128 else (16, 16, 4, 1)
-    if dim <= 64:
-        return 64, 64, 4, 3
-    return (64, 64, 4, 2) if dim <= 128 else (64, 32, 8, 1)
-
-
-def _key_blocks(query: Tensor, columns: int) -> tuple[int, int, int, int]:
-    """The same for the gradients of keys and values."""
-    dim = max(_padded(query.shape[3]), _padded(columns))
-    if query.dtype == torch.float32:
-        return (32, 32, 4, 2) if dim <= 64 else (16, 32, 4, 1) if dim <= 128 else (16, 16, 4, 1)
-    if dim <= 64:
-        return 32, 128, 4, 2
-    return (64, 128, 8, 2) if dim <= 128 else (32, 64, 8, 1)
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether ``device`` has a tensor memory accelerator and room for large blocks; Triton's interpreter has."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @triton.jit

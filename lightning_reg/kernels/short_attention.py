@@ -33,7 +33,7 @@ def _forward_kernel(
     query_b, query_h, query_m, key_b, key_h, key_n, value_b, value_h, value_n,
     mask_b, mask_h, mask_m, mask_n, output_b, output_h, output_m,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, TAIL: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -54,24 +54,16 @@ def _forward_kernel(
     value_tiles = ()
     at = 0
     for i in tl.static_range(len(PIECES)):
-        key_tiles = key_tiles + (_load_rows(key, at, keys, key_n, PIECES[i], DIM, WIDTH, WIDEN),)
-        value_tiles = value_tiles + (_load_rows(value, at, keys, value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH, WIDEN),)
+        key_tiles += (_load_rows(key, at, keys, key_n, PIECES[i], DIM, WIDTH, WIDEN),)
+        value_tiles += (_load_rows(value, at, keys, value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH, WIDEN),)
         at += PIECES[i]
 
-    whole = queries if TAIL == 0 else queries // ROWS * ROWS
-    for first in range(part * ROWS, whole, SPLIT * ROWS):
+    for first in range(part * ROWS, queries, SPLIT * ROWS):
         _attend(
             query, key_tiles, value_tiles, mask, output, entropy, lse, largest,
             first, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
             DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, ROWS, PIECES, FULL, MASK, CAUSAL, WINDOW, WIDEN,
         )  # fmt: skip
-    if TAIL > 0:
-        if part == SPLIT - 1:
-            _attend(
-                query, key_tiles, value_tiles, mask, output, entropy, lse, largest,
-                whole, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
-                DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, TAIL, PIECES, FULL, MASK, CAUSAL, WINDOW, WIDEN,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -95,7 +87,7 @@ def _attend(
             mask, mask_m, mask_n, i >= FULL, MASK, CAUSAL, WINDOW,
         )  # fmt: skip
         most = tl.maximum(most, tl.max(products, 1))
-        scores = scores + (products,)
+        scores += (products,)
         at += PIECES[i]
 
     factor = scale * LOG2E
@@ -128,7 +120,7 @@ def _backward_kernel(
     mask_b, mask_h, mask_m, mask_n, output_b, output_h, output_m,
     to_query_b, to_query_h, to_query_m, to_key_b, to_key_h, to_key_n, to_value_b, to_value_h, to_value_n,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, PIECES: tl.constexpr, KEYS: tl.constexpr, FULL: tl.constexpr, ONCE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BOUND: tl.constexpr, ONCE: tl.constexpr,
     OUTPUT: tl.constexpr, ENTROPY: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -152,25 +144,17 @@ def _backward_kernel(
     factor = scale * LOG2E
 
     for start in range(0, keys, KEYS):
-        key_tiles = ()
-        value_tiles = ()
-        to_key = ()
-        to_value = ()
-        at = start
-        for i in tl.static_range(len(PIECES)):
-            key_tiles = key_tiles + (_load_rows(key, at, keys, key_n, PIECES[i], DIM, WIDTH, WIDEN),)
-            value_tiles = value_tiles + (_load_rows(value, at, keys, value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH, WIDEN),)
-            to_key = to_key + (_zeros(PIECES[i], WIDTH),)
-            to_value = to_value + (_zeros(PIECES[i], VALUE_WIDTH),)
-            at += PIECES[i]
-
+        key_tile = _load_rows(key, start, keys, key_n, KEYS, DIM, WIDTH, WIDEN)
+        value_tile = _load_rows(value, start, keys, value_n, KEYS, VALUE_DIM, VALUE_WIDTH, WIDEN)
+        to_key = tl.zeros([KEYS, WIDTH], tl.float32)
+        to_value = tl.zeros([KEYS, VALUE_WIDTH], tl.float32)
+        columns = start + tl.arange(0, KEYS)
         for first in range(0, queries, ROWS):
             rows = first + tl.arange(0, ROWS)
             inside = rows < queries
             tile = _load_rows(query, first, queries, query_m, ROWS, DIM, WIDTH, WIDEN)
             level = tl.load(lse + rows, mask=inside, other=1e30) * LOG2E
             constant = tl.zeros([ROWS], tl.float32)
-            bend = tl.zeros([ROWS], tl.float32)
             if OUTPUT:
                 up = _load_rows(grad_output, first, queries, up_m, ROWS, VALUE_DIM, VALUE_WIDTH, WIDEN)
                 result = _load_rows(output, first, queries, output_m, ROWS, VALUE_DIM, VALUE_WIDTH, WIDEN)
@@ -178,51 +162,37 @@ def _backward_kernel(
             if ENTROPY:
                 bend = tl.load(grad_entropy + rows.to(tl.int64) * bend_m, mask=inside, other=0.0).to(tl.float32)
                 constant += bend * tl.load(entropy + rows, mask=inside, other=0.0)
-                bend *= LN2
+            products = tl.dot(key_tile, tl.trans(tile), input_precision="ieee")
+            products = _hide(
+                products, rows[None, :], columns[:, None], queries, keys, offset, step, window,
+                mask, mask_m, mask_n, BOUND, MASK, CAUSAL, WINDOW,
+            )  # fmt: skip
+            exponents = products * factor - level[None, :]
+            weights = tl.exp2(exponents)
+            pull = tl.zeros([KEYS, ROWS], tl.float32)
+            if OUTPUT:
+                pull = tl.dot(value_tile, tl.trans(up), input_precision="ieee")
+                to_value = tl.dot(weights.to(up.dtype), up, acc=to_value, input_precision="ieee")
+            if ENTROPY:
+                pull -= (bend * LN2)[None, :] * exponents
+            slopes = (weights * (pull - constant[None, :])).to(tile.dtype)
+            to_key = tl.dot(slopes, tile, acc=to_key, input_precision="ieee")
             if ONCE:
-                to_query = tl.zeros([ROWS, WIDTH], tl.float32)
+                to_query = tl.dot(tl.trans(slopes), key_tile, input_precision="ieee")
+                _store_rows(grad_query, to_query * scale, first, queries, to_query_m, ROWS, DIM, WIDTH)
             else:
-                seen = queries if start > 0 else 0
-                to_query = _load_rows(partial, first, seen, WIDTH, ROWS, WIDTH, WIDTH, WIDEN)
-            new_key = ()
-            new_value = ()
-            at = start
-            for i in tl.static_range(len(PIECES)):
-                products = tl.dot(key_tiles[i], tl.trans(tile), input_precision="ieee")
-                products = _hide(
-                    products, rows[None, :], _count_from(at, PIECES[i])[:, None], queries, keys, offset, step, window,
-                    mask, mask_m, mask_n, i >= FULL, MASK, CAUSAL, WINDOW,
-                )  # fmt: skip
-                exponents = products * factor - level[None, :]
-                weights = tl.exp2(exponents)
-                if OUTPUT:
-                    pull = tl.dot(value_tiles[i], tl.trans(up), input_precision="ieee") - constant[None, :]
-                    gain = tl.dot(weights.to(up.dtype), up, acc=to_value[i], input_precision="ieee")
-                    new_value = new_value + (gain,)
-                else:
-                    pull = tl.zeros([1, ROWS], tl.float32) - constant[None, :]
-                    new_value = new_value + (to_value[i],)
-                if ENTROPY:
-                    pull = pull - bend[None, :] * exponents
-                slopes = (weights * pull).to(tile.dtype)
-                new_key = new_key + (tl.dot(slopes, tile, acc=to_key[i], input_precision="ieee"),)
-                to_query = tl.dot(tl.trans(slopes), key_tiles[i], acc=to_query, input_precision="ieee")
-                at += PIECES[i]
-            to_key = new_key
-            to_value = new_value
-            # no branch: Triton 3.6 cannot compile one here
-            last = ONCE or start + KEYS >= keys
-            _store_rows(grad_query, to_query * scale, first, queries if last else 0, to_query_m, ROWS, DIM, WIDTH)
-            if not ONCE:
-                _store_rows(partial, to_query, first, 0 if last else queries, WIDTH, ROWS, WIDTH, WIDTH)
+                # masks in place of a branch: Triton 3.6 cannot compile one here
+                before = queries if start > 0 else 0
+                after = queries if start + KEYS < keys else 0
+                to_query = _load_rows(partial, first, before, WIDTH, ROWS, WIDTH, WIDTH, False)
+                to_query = tl.dot(tl.trans(slopes), key_tile, acc=to_query, input_precision="ieee")
+                _store_rows(partial, to_query, first, after, WIDTH, ROWS, WIDTH, WIDTH)
+                _store_rows(grad_query, to_query * scale, first, queries - after, to_query_m, ROWS, DIM, WIDTH)
 
-        at = start
-        for i in tl.static_range(len(PIECES)):
-            _store_rows(grad_key, to_key[i] * scale, at, keys, to_key_n, PIECES[i], DIM, WIDTH)
-            _store_rows(grad_value, to_value[i], at, keys, to_value_n, PIECES[i], VALUE_DIM, VALUE_WIDTH)
-            at += PIECES[i]
+        _store_rows(grad_key, to_key * scale, start, keys, to_key_n, KEYS, DIM, WIDTH)
+        _store_rows(grad_value, to_value, start, keys, to_value_n, KEYS, VALUE_DIM, VALUE_WIDTH)
         if not ONCE:
-            tl.debug_barrier()
+            tl.debug_barrier()  # the next pass reads what other threads stored in ``partial``
 
 
 @triton.jit
@@ -250,7 +220,9 @@ def _hide(
 
 
 @triton.jit
-def _load_rows(base, first, count, stride, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr):
+def _load_rows(
+    base, first, count, stride, SIZE: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr
+):
     rows = first + tl.arange(0, SIZE)
     columns = tl.arange(0, WIDTH)
     at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -269,11 +241,6 @@ def _store_rows(base, tile, first, count, stride, SIZE: tl.constexpr, DIM: tl.co
 @triton.jit
 def _count_from(first, SIZE: tl.constexpr):
     return first + tl.arange(0, SIZE)
-
-
-@triton.jit
-def _zeros(SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros([SIZE, WIDTH], tl.float32)
 
 
 def forward(
@@ -344,18 +311,11 @@ def backward(
     deterministic: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, the same ones in every run; the fourth result is empty.
+    """Gradients of query, key and value, and an empty tensor; bit for bit the same in every run.
 
-    Args:
-        grad_output: Gradient of the output, any strides, or None where nothing depends on it.
-        grad_entropy: Gradient of the entropy, any strides, or None.
-        query: As in ``forward``, like everything up to ``step``.
-        output: Result of ``forward``, like ``entropy`` and ``lse``.
-        deterministic: Makes no difference.
-        bias_grad: False.
-
-    Returns:
-        Gradients in the shapes of query, key and value, in memory (batch, tokens, heads, dim), and an empty tensor.
+    The gradients of output and entropy have any strides, or are None where nothing depends on them; ``output``,
+    ``entropy`` and ``lse`` come from ``forward``, whose arguments the others are. The results have the shapes of query,
+    key and value and lie in memory as (batch, tokens, heads, dim).
     """
     value = _check(query, key, value, bias, mask, scale)
     if bias_grad:
@@ -371,9 +331,7 @@ def backward(
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), nothing
     settings, launch = _backward_settings(query.dtype, queries, keys, max(dim, value_dim))
     dims = _dims(dim, value_dim)
-    partial = query.new_empty(
-        0 if settings["ONCE"] else batch * heads * queries * dims["WIDTH"], dtype=torch.float32
-    )
+    partial = query.new_empty(0 if settings["ONCE"] else batch * heads * queries * dims["WIDTH"], dtype=torch.float32)
     up = output if grad_output is None else _last_contiguous(grad_output)
     bend = entropy if grad_entropy is None else grad_entropy
     seen, strides = _mask_arguments(mask, query, keys)
@@ -428,7 +386,7 @@ def _forward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) -> 
         rows, pieces, warps, stages = 16, (_power(keys, 256),), 4, 1
     else:
         rows, pieces, warps, stages = 64, _pieces(keys), 4, 2
-    settings = {"ROWS": rows, "TAIL": 0, "SPLIT": 1, "PIECES": pieces, "FULL": len(pieces) - (sum(pieces) > keys)}
+    settings = {"ROWS": rows, "SPLIT": 1, "PIECES": pieces, "FULL": len(pieces) - (sum(pieces) > keys)}
     return settings, {"num_warps": warps, "num_stages": stages}
 
 
@@ -438,7 +396,7 @@ def _backward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) ->
     else:
         piece = _power(keys, 256 if dim <= 64 else 128)
         rows, warps = 32, 8 if piece >= 128 else 4
-    settings = {"ROWS": rows, "PIECES": (piece,), "KEYS": piece, "FULL": int(keys % piece == 0), "ONCE": piece >= keys}
+    settings = {"ROWS": rows, "KEYS": piece, "BOUND": keys % piece > 0, "ONCE": piece >= keys}
     return settings, {"num_warps": warps, "num_stages": 1}
 
 
@@ -461,17 +419,14 @@ def _pieces(keys: int) -> tuple[int, ...]:
 
 
 def _dims(dim: int, value_dim: int) -> dict[str, int]:
-    return dict(
-        DIM=dim,
-        WIDTH=max(16, triton.next_power_of_2(dim)),
-        VALUE_DIM=value_dim,
-        VALUE_WIDTH=max(16, triton.next_power_of_2(value_dim)),
-    )
+    width, value_width = _power(dim, MOST_DIM), _power(value_dim, MOST_DIM)
+    return {"DIM": dim, "WIDTH": width, "VALUE_DIM": value_dim, "VALUE_WIDTH": value_width}
 
 
 def _sight(mask: Tensor | None, is_causal: bool, window: int | None, query: Tensor) -> dict[str, Any]:
     kind = "none" if mask is None else "keys" if mask.shape[-2] == 1 else "pairs"
-    return dict(MASK=kind, CAUSAL=is_causal, WINDOW=window is not None, WIDEN=not query.is_cuda)
+    # the interpreter, which runs on the CPU, multiplies the bits of bfloat16 as integers
+    return {"MASK": kind, "CAUSAL": is_causal, "WINDOW": window is not None, "WIDEN": not query.is_cuda}
 
 
 def _mask_arguments(mask: Tensor | None, query: Tensor, keys: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -482,7 +437,7 @@ def _mask_arguments(mask: Tensor | None, query: Tensor, keys: int) -> tuple[Tens
 
 
 def _heads_inside(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> Tensor:
-    """(batch, heads, tokens, dim) over memory (batch, tokens, heads, dim): later reshapes to (heads * dim) are views."""
+    """Shape (batch, heads, tokens, dim), memory (batch, tokens, heads, dim): a later merge of heads is a view."""
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 from torch.optim import lr_scheduler
 
+from lightning_reg import regularize
 from lightning_reg.callbacks import (
     SigmaReparam,
     apply_sigma_reparam,
@@ -356,6 +357,66 @@ def test_vectors_move_once_per_optimizer_step() -> None:
     assert torch.equal(u[0], u[1])
     assert not torch.equal(u[1], u[2])
     assert torch.equal(u[2], u[3])
+
+
+def assert_followed(layer: nn.Linear, v: Tensor) -> None:
+    """``u`` is that of one iteration from ``v``."""
+    container = layer.parametrizations.weight
+    expected = nn.functional.normalize(container.original.detach() @ v[0], dim=0)
+    assert torch.allclose(container[0].u[0], expected, atol=1e-6)
+
+
+def test_a_hand_written_loop_updates_what_is_there() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5))
+    apply_sigma_reparam(model, targets="0")
+    update_sigma_reparam(model)
+    apply_sigma_reparam(model, targets="1")
+    for _ in range(2):
+        for layer in model:
+            layer.parametrizations.weight.original.data = torch.randn_like(layer.weight)  # another place in memory
+        before = [layer.parametrizations.weight[0].v.clone() for layer in model]
+        update_sigma_reparam(model)
+        for layer, v in zip(model, before):
+            assert_followed(layer, v)
+    copied = copy.deepcopy(model)
+    assert copied[0].parametrizations.weight[0].updates is None
+    with torch.no_grad():
+        copied[1].parametrizations.weight.original.neg_().add_(1)
+    v, kept = copied[1].parametrizations.weight[0].v.clone(), model[1].parametrizations.weight[0].u.clone()
+    update_sigma_reparam(copied)
+    assert_followed(copied[1], v)
+    assert torch.equal(model[1].parametrizations.weight[0].u, kept)
+
+
+def test_regularize_updates_once_after_each_step() -> None:
+    model, sigma = nn.Sequential(nn.Linear(6, 4)), SigmaReparam()
+    with regularize(model, [sigma]) as reg:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        for _ in range(2):
+            reg.add(model(torch.randn(3, 6)).square().mean()).backward()
+            v = model[0].parametrizations.weight[0].v.clone()
+            optimizer.step()
+            assert_followed(model[0], v)
+        assert list(sigma.spectral_norms()) == ["0"]
+    assert sigma.spectral_norms() == {}
+
+
+def test_autocast_on_cpu_leaves_the_weight_in_use_alone() -> None:
+    model = nn.Linear(4, 4)
+    apply_sigma_reparam(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("owner", "casts"), [("stock", True), ("own_forward", False), ("tied", False)])
+def test_only_products_may_have_the_weight_in_low_precision(owner: str, casts: bool) -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight / self.weight.norm())
+
+    model = {"stock": nn.Linear(8, 8), "own_forward": Own(8, 8), "tied": Tied()}[owner]
+    apply_sigma_reparam(model, targets=["head"] if owner == "tied" else None)
+    assert [container[0].casts for container in spectral(model).values()] == [casts] * (2 if owner == "tied" else 1)
 
 
 def test_gradients_are_the_same_under_activation_checkpointing() -> None:

@@ -22,7 +22,6 @@ from tests.gpu.test_engine import PRECISIONS, RATIO
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-    pytest.mark.timeout(600),
 ]
 
 REFUSED = {  # by sharded strategy: callbacks of the contracts that need whole weights, and what they say
@@ -53,7 +52,7 @@ def results(group: str) -> dict[str, Any]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, two_gpus.__file__, group, str(folder())],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     file = folder() / f"{group}.pt"
     assert file.exists(), done.stderr[-3000:]
