@@ -28,7 +28,7 @@ SHARED = {
         "surgery",
     },
     "losses": set(),
-    "kernels": {"operators", "reduction", "short_attention", "vocabulary"},
+    "kernels": {"long_attention", "operators", "reduction", "short_attention", "vocabulary"},
 }
 # who may import whom: never back
 LAYERS = {

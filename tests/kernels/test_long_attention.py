@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lightning_reg.kernels import Unsupported, attention_entropy
+from lightning_reg.kernels import Unsupported, long_attention as attention_entropy
 
 
 @pytest.fixture(autouse=True)
