@@ -278,7 +278,7 @@ def forward(
     batch, heads, queries, dim = query.shape
     keys, value_dim = value.shape[-2:]
     output = _heads_inside(batch, heads, queries, value_dim, query)
-    entropy, lse, largest = query.new_empty(3, batch, heads, queries, dtype=torch.float32).unbind()
+    entropy, lse, largest = (query.new_empty(batch, heads, queries, dtype=torch.float32) for _ in range(3))
     if entropy.numel() == 0:
         return output, entropy, lse, largest
     settings, launch = _forward_settings(query.dtype, queries, keys, max(dim, value_dim))
