@@ -612,7 +612,7 @@ def _attention_entropy_backward_key_kernel(
     begin, full_begin, full_end, end = _row_range(
         first, rows, keys, offset, step, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT
     )
-    plane = sets.to(tl.int64) * repeats * padded_rows
+    plane = tl.cast(sets, tl.int64) * repeats * padded_rows
     for repeat in range(0, repeats):
         head = key_head * repeats + repeat
         query_place = batch.to(tl.int64) * heads + head
@@ -712,7 +712,7 @@ def _attention_entropy_backward_query_kernel(
         push = tl.load(grad_entropy + row.to(tl.int64) * dh_r, mask=row < rows, other=0.0).to(tl.float32)
         constant += push * tl.load(entropy + at, mask=row < rows, other=0.0)
         slope -= push * LN2
-    plane = sets.to(tl.int64) * padded_rows
+    plane = tl.cast(sets, tl.int64) * padded_rows
     at = statistics + place.to(tl.int64) * padded_rows + row
     tl.store(at, base)
     tl.store(at + plane, constant)

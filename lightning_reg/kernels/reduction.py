@@ -143,7 +143,7 @@ def _backwards():
 @triton.jit
 def _tile(index, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Row numbers, offset of the first element, offsets from it, and which are within x."""
-    across = tl.cdiv(width, COLUMNS).to(tl.int32)
+    across = tl.cast(tl.cdiv(width, COLUMNS), tl.int32)  # a width of 1 is a constant to the compiler
     row = (index // across).to(tl.int64) * ROWS
     column = (index % across).to(tl.int64) * COLUMNS
     row_numbers = row + tl.arange(0, ROWS)
