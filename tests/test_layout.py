@@ -12,7 +12,13 @@ import pytest
 import lightning_reg
 
 ROOT = Path(lightning_reg.__file__).parent
-QUANTITIES = {path.stem for path in (ROOT / "functional").glob("*.py")} - {"__init__", "_tokens", "_scores", "_attention_nodes", "_fusing"}
+QUANTITIES = {path.stem for path in (ROOT / "functional").glob("*.py")} - {
+    "__init__",
+    "_tokens",
+    "_scores",
+    "_attention_nodes",
+    "_fusing",
+}
 SHARED = {
     "metrics": {"base"},
     "callbacks": {

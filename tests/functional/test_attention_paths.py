@@ -1,4 +1,4 @@
-"""Every way to the entropy gives the numbers of a materialised float64 softmax; the choice among them; bands of keys."""
+"""Every way to the entropy gives the numbers of a materialised float64 softmax; bands of keys; sampled rows."""
 
 import math
 import warnings

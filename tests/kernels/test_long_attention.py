@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lightning_reg.kernels import Unsupported, long_attention as attention_entropy
+from lightning_reg.kernels import Unsupported, long_attention
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +79,8 @@ def run(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the kernels give: output, entropy, log-sum-exp and largest score; gradients of query, key and value."""
     chosen = tuple(settings(query, **options).values())
-    results = attention_entropy.forward(query, key, value, bias, mask, *chosen)
-    *gradients, none = attention_entropy.backward(
+    results = long_attention.forward(query, key, value, bias, mask, *chosen)
+    *gradients, none = long_attention.backward(
         grad_output, grad_entropy, query, key, value, bias, mask, *results[:3], *chosen, True, False
     )
     assert none.shape == (0,)
@@ -291,7 +291,7 @@ def test_one_certain_key_has_entropy_zero(device: str) -> None:
 def test_nan_stays_nan(device: str) -> None:
     query, key, value, *_ = tensors(device)
     query[0, 1, 5, 3] = math.nan
-    output, entropy, *_ = attention_entropy.forward(query, key, value, None, None, 0.25, True, None, 0, 1)
+    output, entropy, *_ = long_attention.forward(query, key, value, None, None, 0.25, True, None, 0, 1)
     assert output[0, 1, 5].isnan().all()
     assert entropy[0, 1, 5].isnan()
     assert output.isnan().sum() == output.shape[-1]
@@ -373,10 +373,10 @@ REASONS = {
 def test_what_is_unsupported_is_refused_in_words(reason: str, device: str) -> None:
     words, change = REASONS[reason]
     given = change(*tensors(device)[:3])
-    assert words in str(attention_entropy.unsupported(*given))
+    assert words in str(long_attention.unsupported(*given))
     with pytest.raises(Unsupported, match=words):
-        attention_entropy.forward(*given, 0.25, False, None, 0, 1)
-    assert attention_entropy.unsupported(*tensors(device)[:3], None, None) is None
+        long_attention.forward(*given, 0.25, False, None, 0, 1)
+    assert long_attention.unsupported(*tensors(device)[:3], None, None) is None
 
 
 def test_scales_and_gradients_that_it_does_not_know_are_refused(device: str) -> None:
@@ -385,8 +385,8 @@ def test_scales_and_gradients_that_it_does_not_know_are_refused(device: str) -> 
         with pytest.raises(Unsupported, match="positive scale"):
             run(query, key, value, grad_output, grad_entropy, scale=scale)
     chosen = tuple(settings(query).values())
-    results = attention_entropy.forward(query, key, value, None, None, *chosen)
+    results = long_attention.forward(query, key, value, None, None, *chosen)
     with pytest.raises(Unsupported, match="bias"):
-        attention_entropy.backward(
+        long_attention.backward(
             grad_output, grad_entropy, query, key, value, None, None, *results[:3], *chosen, True, True
         )

@@ -98,9 +98,7 @@ def test_memory_that_runs_out_is_not_hidden(on_cpu: None) -> None:
 
 
 @pytest.mark.parametrize("available", [False, True])
-def test_compiled_code_calls_the_operator_without_graph_break(
-    available: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_code_calls_the_operator_without_graph_break(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "_interpreting", available)
     torch.compiler.reset()
     compiled = torch.compile(lambda x: scaled(x + 1, 2.0) - 1, backend="aot_eager", fullgraph=True)
