@@ -387,12 +387,12 @@ class Engine:
                 continue
             top_k, fraction = taps[0].regularizer.top_k, taps[0].regularizer.query_fraction
             rows = None if fraction == 1 else sampled_rows(query.shape[-2], fraction, self.shift.to(query.device))
-            if taps is last and rows is None:
+            if taps is last:
                 output, entropy, visible = attention_tap(
-                    query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k,
+                    query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k, rows=rows,
                     attention=capture.plain_attention, **arguments,
                 )  # fmt: skip
-                (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid)
+                (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid, rows)
             else:
                 with torch.set_grad_enabled(live and torch.is_grad_enabled()):
                     q, k, m, entropy, visible = entropy_tap(query, key, attn_mask, top_k=top_k, rows=rows, **arguments)
@@ -401,8 +401,8 @@ class Engine:
                 (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid, rows)
             # compiled code must not read what it would then guard
             if torch.compiler.is_compiling() or not taps[0].shape:
-                whole = value if taps is last and rows is None else None
-                path = attention_path(query, key, whole, attn_mask, dropout_p, is_causal, top_k, None, rows is not None)
+                shown = value if taps is last else None
+                path = attention_path(query, key, shown, attn_mask, dropout_p, is_causal, top_k)
                 for tap in taps:
                     tap.method = f"scaled_dot_product_attention, {path}"
             if not torch.compiler.is_compiling() and not taps[0].shape:

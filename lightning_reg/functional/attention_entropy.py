@@ -232,12 +232,14 @@ def attention_tap(
     top_k: int | None = None,
     window: int | None = None,
     query_offset: int = 0,
+    rows: Tensor | None = None,
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> tuple[Tensor, Tensor, Tensor | int]:
     """Attention and the entropy of its rows before dropout, whichever way is cheapest.
 
     Small attention on a CPU is computed here, in one node, and attention without dropout on a GPU in one kernel; any
-    other by ``attention``, torch's unless another is given, behind an ``entropy_tap``.
+    other by ``attention``, torch's unless another is given, behind an ``entropy_tap``. With ``rows`` only the entropy
+    of these queries is returned: where one node gives all, that costs less than to look at a part beside it.
 
     Returns:
         ``(output, entropy, visible)``, as torch's attention and as ``entropy_tap`` return them.
@@ -248,16 +250,17 @@ def attention_tap(
     path = attention_path(query, key, value, attn_mask, dropout_p, is_causal, top_k, window, query_offset)
     if path == ONE_NODE:
         output, entropy = SmallAttention.apply(query, key, value, scale, is_causal)
-        return output, entropy, _visible_to_queries(query, key, None, is_causal, None)
+        return output, *_select(rows, entropy, _visible_to_queries(query, key, None, is_causal, None))
     if path == FUSED:
         q, k, v, bias, mask = _four_axes(query, key, value, attn_mask)
         output, entropy = KernelAttention.apply(q, k, v, bias, mask, scale, is_causal, window, query_offset)
-        visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, _places(query, query_offset))
+        places = _places(query, query_offset) if query_offset else None
+        visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, places)
         lead = query.shape[:-1]
-        return output.reshape(*lead, value.shape[-1]), entropy.reshape(lead), visible
+        return output.reshape(*lead, value.shape[-1]), *_select(rows, entropy.reshape(lead), visible)
     query, key, attn_mask, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k, window=window,
-        query_offset=query_offset,
+        query_offset=query_offset, rows=rows,
     )  # fmt: skip
     if window is not None or (query_offset and is_causal):
         attn_mask = _with_band(_places(query, query_offset), key, attn_mask, is_causal, window)
@@ -267,6 +270,14 @@ def attention_tap(
         enable_gqa=enable_gqa,
     )  # fmt: skip
     return output, entropy, visible
+
+
+def _select(rows: Tensor | None, entropy: Tensor, visible: Tensor | int) -> tuple[Tensor, Tensor | int]:
+    """Those of some queries."""
+    if rows is None:
+        return entropy, visible
+    chosen = entropy.index_select(-1, rows)
+    return chosen, visible if isinstance(visible, int) else visible.index_select(-1, rows)
 
 
 def entropy_tap(
