@@ -40,8 +40,9 @@ class AttentionEntropyRegularizer(Regularizer):
         level: Where a non-linear objective applies: to each ``query``, ``head`` mean or ``site`` mean.
         top_k: Entropy of the ``top_k`` largest scores only.
         query_fraction: Share of the queries that is looked at, in (0, 1]: evenly spread, others in each batch, each as
-            often as another. Saves where the entropy is computed beside the attention (large attention on a CPU, dropout
-            on a GPU), and nothing where one node gives both. Where the model calls torch's attention; elsewhere all are.
+            often as another. Saves where the entropy is computed beside the attention (large attention on a CPU,
+            dropout on a GPU), and nothing where one node gives both. Where the model calls torch's attention;
+            elsewhere all are.
         targets: The modules in whose forward the attention is computed, or any of their parents; all when left out.
         schedule: Factor on ``weight`` over the training.
         layer_weights: Factors on the penalties of single layers, as for ``Regularizer``.
