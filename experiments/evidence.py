@@ -1,7 +1,7 @@
 """Grids of runs that can be interrupted, and what their seeds say: shared by the experiments of the papers' claims.
 
-A run is a mapping of settings (arm, seed, ...). Its result is one JSON file, ``runs/<settings>.json``, that appears once
-it is complete. What is there is not trained again; what is broken is reported and left out, never averaged.
+A run is a mapping of settings (arm, seed, ...). Its result is one JSON file, ``runs/<settings>.json``, that appears
+once it is complete. What is there is not trained again; what is broken is reported and left out, never averaged.
 """
 
 import json
