@@ -23,6 +23,7 @@ density, l1, hoyer, spectral_norm = (
     import_module(f"lightning_reg.functional.{name}")
     for name in ("activation_density", "activation_l1", "activation_hoyer", "spectral_norm")
 )
+SHARED_MEMORY = 232448  # bytes that a block may have on an H100
 compiled: list[str] = []
 
 
@@ -53,7 +54,8 @@ def stop_after_compilation() -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled.append(self.fn.__name__)
-        run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        assert kernel.metadata.shared <= SHARED_MEMORY, f"{self.fn.__name__} needs {kernel.metadata.shared} bytes"
         return Compiled()
 
     JITFunction.run = compile_only
@@ -139,7 +141,14 @@ CASES: dict[str, list[Callable[[], None]]] = {
         lambda: attention(2, 4, 2, 1024, 1024, 128, BF16, causal=True),
         lambda: attention(2, 2, 2, 300, 500, 80, FP16, mask=True),
         lambda: attention(2, 2, 2, 300, 300, 256, BF16),
-        lambda: attention(2, 2, 2, 300, 300, 64, FP32),
+        lambda: attention(2, 2, 2, 300, 300, 64, FP32), lambda: attention(2, 2, 2, 300, 300, 128, FP32),
+        lambda: attention(2, 2, 2, 300, 300, 256, FP32),
+    ],
+    "short": [
+        lambda: attention(2, 2, 2, rows, keys, dim, dtype, causal=causal)
+        for rows, keys, causal in ((256, 256, False), (130, 70, True), (256, 1, False))
+        for dim in (16, 64, 128)
+        for dtype in (BF16, FP32)
     ],
     "logits": [
         lambda: logits(1, 1, 300, 64, BF16), lambda: logits(2, 3, 197, 64, BF16), lambda: logits(2, 3, 9, 20, FP32),
