@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from scipy import stats
@@ -36,6 +37,14 @@ class MissingData(RuntimeError):
 def grid(**choices: Iterable[Any]) -> list[dict[str, Any]]:
     """Every combination, the last name varying fastest."""
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+def sized(cfg: DictConfig) -> DictConfig:
+    """The reduced form that ``+size=small`` asks for, as the experiment's ``small`` describes it."""
+    size = cfg.get("size", "full")
+    if size not in ("full", "small"):
+        raise ValueError(f"`size` must be small, or left out for the full form, got {size!r}.")
+    return cfg if size == "full" else OmegaConf.merge(cfg, cfg.small)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lightning_reg.kernels.operators import Unsupported
 
 MOST_TOKENS = 256
 MOST_DIM = 128
+MOST_BYTES = 2**17  # of keys and values at once in float32: what a block needs beside them must fit too
 
 HIDDEN = tl.constexpr(-1e30)
 SEEN = tl.constexpr(-1e29)  # above every hidden score
@@ -366,6 +367,10 @@ def unsupported(
         return f"there are more than {MOST_TOKENS} {'keys' if key.shape[-2] > MOST_TOKENS else 'queries'}"
     if max(query.shape[-1], value.shape[-1]) > MOST_DIM:
         return f"the head dim is above {MOST_DIM}"
+    dims = _dims(query.shape[-1], value.shape[-1])
+    keys = max(16, triton.next_power_of_2(key.shape[-2]))
+    if query.dtype == torch.float32 and 4 * keys * (dims["WIDTH"] + dims["VALUE_WIDTH"]) > MOST_BYTES:
+        return "keys and values in float32 do not fit the shared memory"
     return None
 
 

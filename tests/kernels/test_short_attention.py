@@ -158,9 +158,16 @@ def test_equals_float64_at_the_sizes_of_vision_transformers(
     check(compute(*drawn), expected(*drawn))
 
 
-def test_equals_float64_at_the_largest_size_in_float32(device: str) -> None:
-    drawn = inputs(device, (1, 1), (256, 256), (128, 128))
+@pytest.mark.parametrize(("keys", "dim"), [(256, 64), (128, 128)])
+def test_equals_float64_at_the_largest_sizes_in_float32(keys: int, dim: int, device: str) -> None:
+    drawn = inputs(device, (1, 1), (256, keys), (dim, dim))
     check(compute(*drawn), expected(*drawn))
+
+
+def test_more_in_float32_is_left_to_the_long_kernel(device: str) -> None:
+    query, key, value = (x.float() for x in inputs(device, (1, 1), (256, 256), (128, 128))[:3])
+    assert "do not fit" in str(short_attention.unsupported(query, key, value, None, None))
+    assert short_attention.unsupported(*(x.bfloat16() for x in (query, key, value)), None, None) is None
 
 
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
