@@ -64,15 +64,16 @@ def stop_after_compilation() -> None:
 
 def attention(
     batch: int, heads: int, groups: int, rows: int, keys: int, dim: int, dtype: torch.dtype, causal: bool = False,
-    mask: bool = False, value: bool = True, long: bool = False,
+    mask: str = "", value: bool = True, long: bool = False, window: int | None = None,
 ) -> None:  # fmt: skip
     """Forward and backward of attention with entropy."""
     module = long_attention if long else attention_entropy
     q = torch.randn(batch, heads, rows, dim).to(dtype)
     k, v = torch.randn(2, batch, groups, keys, dim).to(dtype)
-    shown = torch.rand(batch, 1, 1, keys) < 0.9 if mask else None
-    band = (dim**-0.5, causal, None, 0, 1)
-    output, entropy, lse, _ = module.forward(q, k, v if value else None, None, shown, *band)
+    shown = torch.rand(batch, 1, rows if mask == "pairs" else 1, keys) < 0.9 if mask in ("keys", "pairs") else None
+    bias = torch.randn(1, heads, rows, keys) if mask == "bias" else None
+    band = (dim**-0.5, causal, window, 0, 1)
+    output, entropy, lse, _ = module.forward(q, k, v if value else None, bias, shown, *band)
     up = torch.randn_like(output) if value else None
     module.backward(
         up,
@@ -137,13 +138,21 @@ CASES: dict[str, list[Callable[[], None]]] = {
         lambda: attention(2, 2, 1, 300, 300, 64, BF16, causal=True),
         lambda: attention(1, 4, 1, 1, 1, 64, FP16, long=True),
     ],
-    "vit": [lambda: attention(4, 12, 12, 197, 197, 64, BF16), lambda: attention(2, 3, 3, 50, 50, 32, FP16, mask=True)],
+    "vit": [
+        lambda: attention(4, 12, 12, 197, 197, 64, BF16),
+        lambda: attention(2, 3, 3, 50, 50, 32, FP16, mask="keys"),
+    ],
     "long": [
         lambda: attention(2, 4, 2, 1024, 1024, 128, BF16, causal=True),
-        lambda: attention(2, 2, 2, 300, 500, 80, FP16, mask=True),
+        lambda: attention(2, 2, 2, 300, 500, 80, FP16, mask="keys"),
         lambda: attention(2, 2, 2, 300, 300, 256, BF16),
         lambda: attention(2, 2, 2, 300, 300, 64, FP32), lambda: attention(2, 2, 2, 300, 300, 128, FP32),
         lambda: attention(2, 2, 2, 300, 300, 256, FP32),
+    ],
+    "masks": [
+        partial(attention, 2, 2, 2, 300, 300, dim, dtype, mask=mask, window=window, causal=causal)
+        for mask, window, causal in (("pairs", None, False), ("bias", None, True), ("", 50, True), ("keys", 50, False))
+        for dim, dtype in ((64, BF16), (128, BF16), (256, FP16), (64, FP32))
     ],
     "short": [
         partial(attention, 2, 2, 2, rows, keys, dim, dtype, causal=causal)
