@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,7 +46,8 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
             launch = _launcher(kernel, args)
             if launch is not None:
                 try:
-                    return launch(*args)
+                    with _on_device(_first(args)):
+                        return launch(*args)
                 except Unsupported as reason:
                     _warn(name, str(reason))
                 except torch.OutOfMemoryError:
@@ -144,6 +145,12 @@ def _missing_on(device: int) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"kernels need compute capability 8.0, and device {device} has {capability[0]}.{capability[1]}"
     return None
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of ``tensor``."""
+    index = tensor.get_device()
+    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def _first(args: tuple) -> Tensor:

@@ -329,11 +329,14 @@ def test_heads_of_results_lie_together(device: str) -> None:
     assert all(found.is_contiguous() for found in rest)
 
 
+@pytest.mark.parametrize("axis", ["batch", "rows"])
 @pytest.mark.parametrize("layout", ["described", "by pointer"])
-def test_offsets_beyond_two_to_the_31(layout: str, device: str) -> None:
-    far = 2**31 + (64 if layout == "described" else 65)
-    held = torch.empty(far + 4096, dtype=torch.float16, device=device)  # pages that nobody touches take no memory
-    views = [held.as_strided((2, 1, 20, 16), (far, 320, 16, 1), start) for start in (0, 320, 640, 960)]
+def test_offsets_beyond_two_to_the_31(layout: str, axis: str, device: str) -> None:
+    far = (2**31 if axis == "batch" else 2**27) + (64 if layout == "described" else 65)
+    strides = (far, 320, 16, 1) if axis == "batch" else (320, 320, far, 1)
+    extent = far * (1 if axis == "batch" else 19) + 4096
+    held = torch.empty(extent, dtype=torch.float16, device=device)  # pages that nobody touches take no memory
+    views = [held.as_strided((2, 1, 20, 16), strides, start) for start in (0, 640, 1280, 1920)]
     for view in views:
         view.copy_(torch.randn(view.shape))
     grad_entropy = torch.randn(2, 1, 20, device=device)
