@@ -33,7 +33,8 @@ class Control:
                 f"`quantity='density'` is of MLP activations, but {regularizer.name} is about attention; use 'value'."
             )
         self.steps = self.updated = 0  # optimizer steps: so far, and at the last update
-        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0  # measured since the last update
+        self._sum: Tensor | float = 0.0  # measured since the last update; a number until then, which needs no device
+        self._count = 0
         self._restored: dict[str, Any] | None = None
         self._probe: DensityProbe | None = None
 
@@ -60,7 +61,7 @@ class Control:
         if self._restored is not None:
             state, self._restored = self._restored, None
             self.steps, self.updated = state["steps"], state["updated"]
-            self._sum, self._count = torch.tensor(state["sum"], dtype=torch.float64), state["count"]
+            self._sum, self._count = state["sum"], state["count"]
             self.controller.load_state_dict(state)
         if self.controller.quantity == "density":
             targets = self._targets(model)
@@ -70,7 +71,7 @@ class Control:
             engine.register(model, self._probe)
 
     def _forget(self) -> None:
-        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0
+        self._sum, self._count = 0.0, 0
 
     def _targets(self, model: nn.Module) -> Targets:
         """Down-projections of the MLPs that are regularized."""
@@ -99,7 +100,7 @@ class Control:
         else:
             value = logged.get(quantity)
         if value is not None:
-            self._sum, self._count = self._sum.to(value.device) + value.detach().double(), self._count + 1
+            self._sum, self._count = value.detach().double() + self._sum, self._count + 1
 
     def check_measured(self, logged: Mapping[str, Any]) -> None:
         """Raise a RuntimeError if a whole epoch has not brought the quantity."""
@@ -114,7 +115,8 @@ class Control:
         self.steps = steps
         if steps - self.updated < self.controller.every:
             return
-        both = torch.stack([self._sum, torch.tensor(float(self._count), dtype=torch.float64, device=self._sum.device)])
+        total = torch.as_tensor(self._sum, dtype=torch.float64)
+        both = torch.stack([total, torch.full_like(total, self._count)])
         total, count = reduce(both, reduce_op="sum").tolist()
         self.updated = steps
         self._forget()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_reg import kernels, regularize
 from lightning_reg.callbacks import AttentionEntropyRegularizer, WeightSparsity
-from lightning_reg.schedules import Linear
+from lightning_reg.schedules import Linear, TargetController
 from tests import tiny
 from tests.gpu import small
 from tests.test_contracts import ALL
@@ -25,7 +25,9 @@ from tests.test_engine import assert_untouched
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:.*acts from here on", "ignore:.*missed its target"),
+    pytest.mark.filterwarnings(
+        "ignore:.*acts from here on", "ignore:.*missed its target", "ignore:.*of progressive_sparsity end at"
+    ),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 
@@ -322,14 +324,17 @@ class Watch(pl.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
+WAITING = ("weight_sparsity", "rigl", "controlled", "together")  # when masks are chosen or a controller is updated
 STEPS: dict[str, Any] = {
     "none": list,
     "all": small.callbacks,
     **{name: lambda name=name: small.callbacks([name]) for name in small.NAMES},
-    **{f"contract_{name}": make for name, make in ALL.items() if name not in ("weight_sparsity", "rigl", "together")},
+    **{f"contract_{name}": make for name, make in ALL.items() if name not in WAITING},
     "query_fraction": lambda: [AttentionEntropyRegularizer(1.0, query_fraction=0.25)],
-    # its masks are chosen anew at the first step only
-    "contract_weight_sparsity": lambda: [WeightSparsity(0.7, every=100)],
+    "controlled": lambda: [
+        AttentionEntropyRegularizer(1.0, schedule=TargetController(0.9, quantity="value", every=100))
+    ],
+    "weight_sparsity_at_the_start": lambda: [WeightSparsity(0.7, begin=0, end=1)],
 }
 
 

@@ -283,9 +283,9 @@ def test_one_certain_key_has_entropy_zero(device: str) -> None:
     key = torch.zeros(1, 1, 40, 16, device=device)
     key[:, :, 7] = 30.0
     (_, entropy, _, largest), gradients = run(query, key, None, None, torch.ones(1, 1, 3, device=device))
-    assert (entropy == 0).all()
+    assert entropy.abs().max() <= 1e-6
     torch.testing.assert_close(largest, torch.full_like(largest, 3600.0))
-    assert all((gradient == 0).all() for gradient in gradients)
+    assert all(gradient.abs().max() <= 1e-4 for gradient in gradients if gradient.numel())
 
 
 def test_nan_stays_nan(device: str) -> None:
