@@ -164,7 +164,8 @@ def apply_sigma_reparam(
     """Reparametrize the weights of a model in place; the callback then trains them.
 
     Needed only where the callback comes too late: call it before ``fully_shard`` in ``configure_model``. In a
-    hand-written loop call ``update_sigma_reparam`` after each optimizer step.
+    hand-written loop call ``update_sigma_reparam`` after each optimizer step, and pass ``broadcast_buffers=False`` to
+    ``DistributedDataParallel``: u and v are the same in all processes, their broadcast would only take time.
 
     Args:
         model: Model whose weights exist and are not sharded yet.

@@ -76,7 +76,8 @@ def wrapper(strategy: str, task: Task, device: torch.device) -> Callable[[nn.Mod
     """What makes a model parallel."""
 
     def ddp(model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        devices = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # as under a Trainer
 
     def fsdp2(model: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh

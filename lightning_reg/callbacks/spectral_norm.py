@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_reg import capture, reparam
@@ -77,6 +78,16 @@ def _to_own_group(
         for scheduler in nested_schedulers(config.scheduler):
             if getattr(scheduler, "optimizer", optimizer) is optimizer:
                 extend_schedules(scheduler, index, len(optimizer.param_groups) - 1)
+
+
+def _leave_out_of_broadcasts(trainer: pl.Trainer, layers: list[reparam.Layer]) -> None:
+    """DDP sends buffers at each forward; after its start u and v are the same in all processes, as the weights are."""
+    wrapper = trainer.strategy.model
+    if isinstance(wrapper, DistributedDataParallel):
+        own = {id(vector) for layer in layers for vector in (layer.spectral.u, layer.spectral.v)}
+        named = wrapper.module.named_buffers()
+        wrapper.parameters_to_ignore |= {name for name, buffer in named if id(buffer) in own}
+        wrapper.modules_buffers = [buffer for buffer in wrapper.modules_buffers if id(buffer) not in own]
 
 
 # --- the callback ----------------------------------------------------------------------------------------------------
@@ -179,6 +190,7 @@ class SigmaReparam(Callback):
         self._restore_pending(trainer, pl_module)
         _place_gains(trainer, self._own_layers(), self.decay_gain)
         self._check_optimizers(trainer)
+        _leave_out_of_broadcasts(trainer, self._own_layers())
         for logger in trainer.loggers:
             logger.log_hyperparams({f"reg/{self.name}/{key}": value for key, value in self.hyperparameters().items()})
 

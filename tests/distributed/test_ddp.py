@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_reg.callbacks import SigmaReparam
 from tests import tiny
 from tests.test_engine import DIFFERENT, EXACT, assert_untouched
 
@@ -60,3 +62,26 @@ def test_data_parallel_training_equals_the_handwritten_loss(case: str) -> None:
 def test_data_parallel_compiled_blocks_equal_the_handwritten_loss() -> None:
     wanted = ddp_fit(tiny.Tiny(handwritten=True), None, {}, {})
     assert tiny.distance(ddp_fit(Compiled(), tiny.regularizers(), {}, {}), wanted) <= EXACT
+
+
+class Uneven(tiny.Tiny):
+    """Starts from other weights in each process, until DDP sends those of the first."""
+
+    def setup(self, stage: str) -> None:
+        torch.manual_seed(self.trainer.global_rank)
+        for parameter in self.net.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+class SameEverywhere(pl.Callback):
+    """Weights, gains, u and v are those of the first process, and DDP sends no buffers."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        mine = torch.cat([tensor.detach().flatten() for tensor in (*pl_module.parameters(), *pl_module.buffers())])
+        assert list(pl_module.buffers())
+        assert torch.equal(trainer.strategy.broadcast(mine), mine)
+        assert not trainer.strategy.model.modules_buffers  # type: ignore[union-attr]
+
+
+def test_singular_vectors_agree_without_a_broadcast_at_each_forward() -> None:
+    ddp_fit(Uneven(), [SigmaReparam(), SameEverywhere()], {}, {})

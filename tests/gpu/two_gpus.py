@@ -240,7 +240,8 @@ def ranks() -> dict[str, Callable[[], Any]]:
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
             tensors: list[Tensor] = [*pl_module.parameters(), *pl_module.buffers()]
             mine = torch.cat([t.full_tensor().flatten() if hasattr(t, "full_tensor") else t.flatten() for t in tensors])
-            assert torch.equal(trainer.strategy.broadcast(mine.detach()), mine), "the processes differ"
+            mine = mine.detach().cpu()
+            assert torch.equal(trainer.strategy.broadcast(mine), mine), "the processes differ"
 
     def run(kind: str, module: type[small.Small]) -> bool:
         fit(module(batches=BATCHES), [*small.callbacks(), Agree()], kind)
