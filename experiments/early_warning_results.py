@@ -148,14 +148,14 @@ def outcomes(curves: Curves, rule: Rule, tuning_seeds: Sequence[int] = (), margi
     return found
 
 
-def summarise(found: Sequence[Outcome]) -> tuple[str, ...]:
-    """Runs that diverge, share warned of at least ``AHEAD`` steps before, lead; the others, share warned of."""
+def summarise(found: Sequence[Outcome], ahead: float = AHEAD) -> tuple[str, ...]:
+    """Runs that diverge, share warned of at least ``ahead`` steps before, lead; the others, share warned of."""
     diverging = [run for run in found if run.diverged is not None]
     others = [run for run in found if run.diverged is None]
     leads = [run.diverged - run.warned for run in diverging if run.diverged is not None and run.warned is not None]
     errors = [abs(run.named / run.passed - 1) for run in found if run.named and run.passed]
     return (
-        str(len(diverging)), _share(sum(lead >= AHEAD for lead in leads), len(diverging)),
+        str(len(diverging)), _share(sum(lead >= ahead for lead in leads), len(diverging)),
         f"{statistics.median(leads):.0f} ({_decile(leads):.0f})" if leads else "",
         str(len(others)), _share(sum(run.warned is not None for run in others), len(others)),
         f"{100 * statistics.median(errors):.0f} %" if errors else "",

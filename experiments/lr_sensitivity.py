@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import sys
+import tempfile
 import time
 import warnings
 from functools import cache
@@ -16,20 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback as HydraCallback
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from experiments.lr_sensitivity_results import FILE, write_results
 from experiments.run_info import run_info
 from experiments.train import build
+from lightning_reg.callbacks import StabilityMonitor
 
 DECIDING = ("model", "data", "trainer", "callbacks", "seed", "threads")  # parts of the config that decide the result
-EVERY = 10  # steps between looks at the training loss
+EVERY = 10  # steps between looks at the training loss and at the attention
 # what the library, torch and Lightning call it in the errors that they raise
 NOT_FINITE = re.compile(r"(not|non-?) ?finite|\bnan\b|\binf(inity|inite)?\b", re.IGNORECASE)
+
+TRACED = ("max_logit", "entropy_mean", "entropy_min")  # headlines of the monitor
 
 cached_info = cache(run_info)
 
@@ -60,18 +66,19 @@ def run(cfg: DictConfig) -> float:
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Losses on the validation data before the first step and after the last, None where not finite."""
+    """Losses on the validation data before the first step and after the last, None where not finite, and the trace."""
     # a hundred runs would print as many times which devices there are
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data, model, watch = build(cfg.data.datamodule), build(cfg.model), Watch()
+    monitor = StabilityMonitor(quantities=["attention"], every_n_steps=EVERY, warn={}, name="trace")
     start, error = time.perf_counter(), ""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:  # for the monitor's file
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice on workers and intervals
         warnings.filterwarnings("ignore", ".*LeafSpec")  # torch's, of Lightning's code
         trainer = build(
-            cfg.trainer, callbacks=[*remedies(cfg), watch], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, num_sanity_val_steps=-1,
+            cfg.trainer, callbacks=[*remedies(cfg), monitor, watch], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, num_sanity_val_steps=-1, default_root_dir=folder,
         )  # fmt: skip
         try:
             trainer.fit(model, data)
@@ -83,7 +90,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return {
         "initial_loss": watch.initial, "final_loss": final if math.isfinite(final) else None,
         "steps": trainer.global_step, "seconds": time.perf_counter() - start, "error": error,
+        "trace": trace(watch, monitor),
     }  # fmt: skip
+
+
+def trace(watch: "Watch", monitor: StabilityMonitor) -> dict[str, list[float | None]]:
+    """Every ``EVERY`` steps the mean loss since the last point, and what the monitor saw; None where not finite."""
+    seen = {line["step"] + 1: line["headlines"] for line in monitor.history}
+    columns: dict[str, list[float | None]] = {"step": list(watch.losses), "loss": list(watch.losses.values())}
+    for name in TRACED:
+        columns[name] = [seen.get(step, {}).get(name) for step in watch.losses]
+    return {
+        name: [x if x is not None and math.isfinite(x) else None for x in column] for name, column in columns.items()
+    }
 
 
 class Watch(pl.Callback):
@@ -93,12 +112,18 @@ class Watch(pl.Callback):
         self.initial: float | None = None  # of the sanity check, which sees all validation data
         self.last = (-1, math.nan)  # step, loss
         self.stopped = False
+        self.losses: dict[int, float] = {}  # of the training by step, means since the last one, without penalties
+        self._since: list[Tensor] = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % EVERY == 0 and not math.isfinite(outputs["loss"]):
-            self.stopped = trainer.should_stop = True
+        self._since.append(trainer.callback_metrics["train/loss"])
+        if trainer.global_step % EVERY == 0:
+            self.losses[trainer.global_step] = float(torch.stack(self._since).mean())
+            self._since.clear()
+            if not math.isfinite(outputs["loss"]):
+                self.stopped = trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = float(trainer.callback_metrics["val/loss"])

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiments.early_warning_results import MARGIN, Outcome, divergence
+from experiments.early_warning_results import summarise as score
 from experiments.resolvers import NONE
+from lightning_reg.early_warning import EarlyWarning
 from lightning_reg.functional import lr_sensitivity
 
 FILE = "run.json"  # of each run
 NAME = "lr_sensitivity"  # of what is written
 HEADER = ("remedy", "LR sensitivity", "- none", "best loss", "at LR", "runs that learnt nothing", "seeds")
+SMOOTH, AHEAD = 0.1, 0.05  # of the steps: the mean that must leave its minimum, and how early a warning must come
+WATCHED = ("remedy", "diverge", "max logit there", "lowest entropy there", "max logit of the others", "foretold",
+           "lead, median (p10)", "do not", "false alarms")  # fmt: skip
+EXPLAINED = (
+    f"Diverged: the training loss, a mean over {100 * SMOOTH:g} % of the steps, stays over {MARGIN:g} nats above its",
+    "own minimum to the end. *There*: at that step, median and range over runs; *of the others*: at the end. Entropy",
+    "is that of the lowest head, 1 is uniform over the visible keys. Logits are the largest of sampled rows. The",
+    f"warning is that of `StabilityMonitor`; foretold: at least {100 * AHEAD:g} % of the steps before; lead in steps.",
+)
 # told apart by colour-blind readers too; black is no remedy
 BEFORE = "before training; losses above count as this"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f7f7f")
@@ -27,7 +39,12 @@ MARKERS = "sD^vP*X<"
 
 @dataclass(frozen=True)
 class Run:
-    """One training; ``final_loss`` is NaN where it diverged."""
+    """One training; ``final_loss`` is NaN where it ended in no number.
+
+    Those from ``watched`` on come from its trace: whether it has one; the step at which the loss left its minimum for
+    good; the largest attention logit, and the normalised entropy of the lowest head, at that step, or at the end where
+    there was none; the steps at which ``EarlyWarning`` warned, that it named, and at which 1e4 was passed.
+    """
 
     remedy: str
     learning_rate: float
@@ -37,6 +54,13 @@ class Run:
     steps: int = 0
     seconds: float = 0.0
     error: str = ""
+    watched: bool = False
+    diverged: float | None = None
+    logit: float | None = None
+    entropy: float | None = None
+    warned: float | None = None
+    named: float | None = None
+    passed: float | None = None
 
     @property
     def learnt(self) -> bool:
@@ -87,10 +111,19 @@ def write_results(paths: Sequence[Path]) -> Path:
         terminal.add_row(*row)
     console = Console(width=130)
     console.print(terminal)
+    watched = watch_table(runs)
+    if watched:
+        terminal = Table(*WATCHED, title="divergence, and the early warning of it")
+        for row in watched:
+            terminal.add_row(*row)
+        console.print(terminal)
     for note in notes:
         console.print(note, highlight=False)
     text = [f"- {key}: {value}" for key, value in info.items()]
     text += ["", f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    if watched:
+        text += ["", *EXPLAINED, "", f"| {' | '.join(WATCHED)} |", f"|{' --- |' * len(WATCHED)}"]
+        text += [f"| {' | '.join(row)} |" for row in watched]
     text += ["", *notes, "", f"![loss over learning rate]({target.name}.png)"]
     target.with_suffix(".md").write_text("\n".join(text).lstrip("\n") + "\n")
     draw(curves, target.with_suffix(".png"))
@@ -164,6 +197,60 @@ def table(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
             str(len(curve.sensitivity)),
         ))  # fmt: skip
     return rows
+
+
+def watch_table(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """A row for each remedy with traces, as ``WATCHED`` says, and one of all; leads are in steps."""
+    traced = [run for run in runs if run.watched]
+    remedies = list(dict.fromkeys(run.remedy for run in traced))
+    groups = {remedy: [run for run in traced if run.remedy == remedy] for remedy in remedies}
+    return [_watch_row(*group) for group in ({**groups, "all": traced} if len(groups) > 1 else groups).items()]
+
+
+def _watch_row(remedy: str, runs: Sequence[Run]) -> tuple[str, ...]:
+    diverged = [run for run in runs if run.diverged is not None]
+    others = [run for run in runs if run.diverged is None]
+    found = [Outcome(r.learning_rate, r.seed, r.diverged, r.warned, r.named, r.passed) for r in runs]
+    count, foretold, lead, do_not, false, _ = score(found, ahead=AHEAD * max(run.steps for run in runs))
+    return (
+        remedy, count, _middle([run.logit for run in diverged], "g"), _middle([run.entropy for run in diverged], "f"),
+        _middle([run.logit for run in others], "g"), foretold, lead, do_not, false,
+    )  # fmt: skip
+
+
+def _middle(values: Iterable[float | None], form: str) -> str:
+    """Median and range; what is not finite is the largest."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{statistics.median(known):.3{form}} ({min(known):.3{form}} to {max(known):.3{form}})"
+
+
+def read_trace(trace: Mapping[str, Sequence[float | None]], steps: int) -> dict[str, Any]:
+    """What a run's trace says, by the fields of ``Run``; ``steps`` is the planned length of the training."""
+    places = [float(step) for step in trace["step"] if step is not None]
+    if not places:
+        return {}
+    losses = torch.tensor([math.inf if loss is None else loss for loss in trace["loss"]], dtype=torch.float64)
+    left = divergence(torch.tensor(places), losses, smooth=max(1, round(SMOOTH * steps)))
+    # a training that ended early, before a mean could be taken, ended with no number
+    diverged = places[-1] if left is None and places[-1] < steps and not math.isfinite(losses[-1]) else left
+    warning, warned, named = EarlyWarning(until=steps), None, None
+    known = [(step, logit) for step, logit in zip(places, trace["max_logit"]) if logit is not None]
+    for step, logit in known:
+        crossing = warning.update(int(step), logit)
+        if warned is None and crossing is not None:
+            warned, named = step, crossing
+    at = len(places) - 1 if diverged is None else places.index(diverged)
+    return {
+        "watched": True, "diverged": diverged, "logit": _last(trace["max_logit"][: at + 1]),
+        "entropy": _last(trace["entropy_min"][: at + 1]), "warned": warned, "named": named,
+        "passed": next((step for step, logit in known if logit >= 1e4), None),
+    }  # fmt: skip
+
+
+def _last(values: Sequence[float | None]) -> float | None:
+    return next((value for value in reversed(values) if value is not None), None)
 
 
 def remarks(curves: Sequence[Curve]) -> list[str]:
@@ -277,10 +364,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _run(row: Mapping[str, Any]) -> Run:
-    kinds = {"remedy": str, "error": str, "seed": int, "steps": int}
+    kinds: dict[str, Callable[[Any], Any]] = {"remedy": str, "error": str, "seed": int, "steps": int}
+    kinds["watched"] = lambda value: str(value) == "True"
     final = math.nan if row["final_loss"] is None else row["final_loss"]
     given = {**row, "final_loss": final}
-    return Run(**{field.name: kinds.get(field.name, float)(given[field.name]) for field in fields(Run)})
+    if "trace" in row:
+        given |= read_trace(row["trace"], row["settings"]["trainer"]["max_steps"])
+    # an older file has no traces, and an empty cell is None
+    known = {field.name: given[field.name] for field in fields(Run) if given.get(field.name) is not None}
+    known = {name: value for name, value in known.items() if value != "" or name == "error"}
+    return Run(**{name: kinds.get(name, float)(value) for name, value in known.items()})
 
 
 def _faint(colour: str) -> str:

@@ -19,12 +19,23 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import lr_sensitivity as sweep
-from experiments.lr_sensitivity_results import Run, read, spread, summarise, table, write_csv, write_results
+from experiments.lr_sensitivity_results import (
+    Run,
+    read,
+    read_trace,
+    spread,
+    summarise,
+    table,
+    watch_table,
+    write_csv,
+    write_results,
+)
 from experiments.models import ImageClassifier, LanguageModel
 from experiments.models.classifier import cosine
 from experiments.resolvers import choices, preset_choices, remedy
 from experiments.run_info import ROOT
 from experiments.train import build, main
+from lightning_reg.early_warning import EarlyWarning
 from lightning_reg.functional.lr_sensitivity import LR_GRID
 from tests.conf.configs import CONF, compose, targets, unknown_keys
 from tests.conf.configs import presets as shipped_presets
@@ -38,6 +49,7 @@ TINY = (
 )
 RESULTS = ROOT / "experiments" / "results"
 KEPT: list[pl.LightningModule] = []
+LOSSES: list[float] = []
 
 
 def config(output: Path | str, *overrides: str) -> DictConfig:
@@ -53,6 +65,18 @@ class Keep(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         KEPT[:] = [pl_module]
+
+
+class Losses(pl.Callback):
+    """The loss of each training step, computed again before it, in the mode and with the weights of the step."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 0:
+            LOSSES.clear()
+        with torch.no_grad():
+            LOSSES.append(float(F.cross_entropy(pl_module.net(batch[0]), batch[1])))
 
 
 class Raise(pl.Callback):
@@ -177,17 +201,23 @@ def test_lists_become_choices() -> None:
     assert remedy(_root_=OmegaConf.create({"callbacks": {"progress_bar": None}})) == "none"
 
 
-@pytest.mark.parametrize("name", ["lr_sensitivity", "lr_sensitivity_lm"])
-def test_the_sweep_is_the_papers(name: str) -> None:
+BASIC = ["none", "qk_norm", "sigma_reparam", "qk_clip", "softcap", "z_loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "presets"),
+    [("lr_sensitivity", BASIC), ("lr_sensitivity_lm", [*BASIC, "entropy_floor", "qk_norm+z_loss"])],
+)
+def test_the_sweep_is_the_papers(name: str, presets: list[str]) -> None:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", [f"sweep={name}", "output_dir=unused"], return_hydra_config=True)
     assert tuple(cfg.learning_rates) == LR_GRID
-    assert list(cfg.presets) == ["none", "qk_norm", "sigma_reparam", "qk_clip", "softcap", "z_loss"]
-    assert set(cfg.presets) - {"none"} <= set(shipped_presets())
+    assert list(cfg.presets) == presets
+    assert {part for preset in presets for part in preset.split("+")} - {"none"} <= set(shipped_presets())
     assert dict(cfg.hydra.sweeper.params) == {
         "seed": "0,1,2",
-        "lightning_reg": "[],[qk_norm],[sigma_reparam],[qk_clip],[softcap],[z_loss]",
+        "lightning_reg": preset_choices(presets),
         "model.learning_rate": "0.0003,0.001,0.003,0.01,0.03,0.1,0.3",
     }
     checked = list(targets(compose(f"sweep={name}")))
@@ -221,6 +251,95 @@ def test_schedule_ends_at_its_minimum_and_decay_ignores_the_peak(make: Callable[
 def test_cosine_by_hand() -> None:
     assert [cosine(step, 10, 0.2, 0.5) for step in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5])
     assert [cosine(step, 10, 0.2) for step in (2, 6, 10)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_the_language_models_have_two_million_parameters() -> None:
+    net = build(compose("sweep=lr_sensitivity_lm").model).net
+    # 4 layers of 4 x 192 x 192, 3 x 192 x 576 and two norms; embedding and head of 256 x 192; the last norm
+    assert sum(p.numel() for p in net.parameters()) == 4 * (147456 + 331776 + 384) + 2 * 49152 + 192
+
+
+def test_a_run_keeps_its_trace(tmp_path: Path) -> None:
+    cfg = config(
+        tmp_path, f"++callbacks.keep._target_={__name__}.Losses", "trainer.max_steps=20", "lightning_reg=[aem]"
+    )
+    sweep.run(cfg)
+    trace = row(tmp_path)["trace"]
+    assert trace["step"] == [10, 20]
+    # the losses without the penalty, which the returned ones contain
+    assert trace["loss"] == pytest.approx([sum(LOSSES[:10]) / 10, sum(LOSSES[10:]) / 10])
+    assert all(value > 0 for value in trace["max_logit"])
+    assert all(0 < low <= mean <= 1 for low, mean in zip(trace["entropy_min"], trace["entropy_mean"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def trace_of(losses: list[float | None], logits: list[float | None]) -> dict[str, Any]:
+    steps = [10 * (place + 1) for place in range(len(losses))]
+    lows = [round(1 - place / 100, 2) for place in range(len(losses))]
+    return {"step": steps, "loss": losses, "max_logit": logits, "entropy_mean": lows, "entropy_min": lows}
+
+
+def test_a_trace_says_when_the_loss_left_and_what_it_looked_like() -> None:
+    # of 400 steps a mean over 40, four points: the first mean with a 3 is 0.25 above 2
+    found = read_trace(trace_of([2.0] * 20 + [3.0] * 20, [5.0] * 20 + [6.0] + [5.0] * 18 + [2e4]), 400)
+    assert found == {
+        "watched": True, "diverged": 210.0, "logit": 6.0, "entropy": 0.8, "warned": None, "named": None,
+        "passed": 400.0,
+    }  # fmt: skip
+    quiet = read_trace(trace_of([2.0] * 40, [5.0] * 39 + [None]), 400)
+    assert (quiet["diverged"], quiet["logit"], quiet["entropy"]) == (None, 5.0, 0.61)
+
+
+def test_a_trace_that_ends_in_no_number_has_diverged() -> None:
+    assert read_trace(trace_of([2.0] * 9 + [None], [5.0] * 9 + [None]), 400)["diverged"] == 100.0
+    assert read_trace(trace_of([2.0, None], [5.0, None]), 400)["diverged"] == 20.0  # too short for a mean
+    assert read_trace(trace_of([2.0, 2.0], [5.0, 5.0]), 400)["diverged"] is None
+    assert read_trace(trace_of([], []), 400) == {}
+
+
+def test_the_warning_of_a_trace_is_the_librarys() -> None:
+    logits: list[float | None] = [1e4 * (10 * (place + 1) / 300) ** 4 for place in range(40)]
+    found = read_trace(trace_of([2.0] * 40, logits), 400)
+    warning = EarlyWarning(until=400)
+    first = next(
+        (step, named) for step in range(10, 410, 10) if (named := warning.update(step, logits[step // 10 - 1]))
+    )
+    assert (found["warned"], found["named"]) == first
+    assert found["named"] == pytest.approx(300)
+    assert found["passed"] == 300.0
+
+
+def test_the_table_of_divergences_by_hand() -> None:
+    def watched(remedy: str, seed: int, **what: float) -> Run:
+        return Run(remedy, 0.1, seed, 5.0, 2.0, steps=1000, watched=True, **what)
+
+    runs = [
+        watched("none", 0, diverged=500.0, logit=1000.0, entropy=0.25, warned=450.0),  # exactly 5 % ahead
+        watched("none", 1, diverged=500.0, logit=3000.0, entropy=0.75, warned=460.0),
+        watched("none", 2, logit=10.0, entropy=0.9, warned=100.0),
+        watched("none", 3, logit=20.0, entropy=0.9),
+        watched("qk_norm", 0, logit=8.0, entropy=0.9),
+        Run("softcap", 0.1, 0, 5.0, 2.0),  # from an older file
+    ]
+    none, qk_norm, everything = watch_table(runs)
+    assert none == (
+        "none", "2", "2e+03 (1e+03 to 3e+03)", "0.500 (0.250 to 0.750)", "15 (10 to 20)", "50 % (1)", "45 (40)", "2",
+        "50 % (1)",
+    )  # fmt: skip
+    assert qk_norm == ("qk_norm", "0", "", "", "8 (8 to 8)", "", "", "1", "0 % (0)")
+    assert everything[:2] == ("all", "2")
+    assert everything[-2:] == ("3", "33 % (1)")
+
+
+def test_what_was_watched_comes_back_from_the_table(tmp_path: Path) -> None:
+    runs = [
+        Run("none", 0.1, 0, 5.0, 2.0, 1000, watched=True, diverged=500.0, logit=1e3, entropy=0.25, warned=450.0),
+        Run("none", 0.2, 0, 5.0, 2.0, 1000),
+    ]
+    write_csv(runs, tmp_path / "some.csv")
+    assert read([tmp_path / "some.csv"])[0] == runs
+    text = write_results([tmp_path / "some.csv"]).read_text()
+    assert "| none | 1 | 1e+03 (1e+03 to 1e+03) | 0.250 (0.250 to 0.250) |  | 100 % (1) | 50 (50) | 0 |  |" in text
 
 
 def runs_of(remedy: str, seed: int, *losses: float, start: float = 2.0) -> list[Run]:
