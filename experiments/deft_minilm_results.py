@@ -299,29 +299,32 @@ def draw(cells: Mapping[Cell, Sequence[Arm]], records: Sequence[Record], tuning_
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for record in records:
-            settings, result = record["settings"], record["result"]
-            if cell_of(record)[:2] == panel and settings["seed"] == tuning_seed:
-                axis.plot(100 * result["test_density"], 100 * result["test_accuracy"], ".", alpha=0.4,
-                          color=COLOURS[settings["activation"]])  # fmt: skip
+        own = [record for record in records if cell_of(record)[:2] == panel]
+        for record in own:
+            if record["settings"]["seed"] == tuning_seed:
+                axis.plot(100 * record["result"]["test_density"], 100 * record["result"]["test_accuracy"], ".",
+                          alpha=0.4, color=COLOURS[record["settings"]["activation"]])  # fmt: skip
         for activation, colour in COLOURS.items():
             for arm in cells.get((*panel, activation), ()):
                 x, y = arm.mean("density"), arm.mean("accuracy")
                 bars = [[bar.half] if bar.count > 1 else None for bar in (x, y)]
                 kind = arm.settings["arm"]
                 axis.errorbar([x.mean], [y.mean], xerr=bars[0], yerr=bars[1], color=colour, marker=MARKERS[kind],
-                              capsize=2, linestyle="", label=f"{NAMES[activation]}, {SHORT[kind]}")  # fmt: skip
+                              markersize=8, markeredgecolor="white", elinewidth=1, capsize=2, linestyle="",
+                              label=f"{NAMES[activation]}, {SHORT[kind]}")  # fmt: skip
                 if kind == "none":
                     axis.axhline(y.mean - COST, color=colour, linestyle=":", linewidth=1)
+        if own:  # the interval of two seeds would flatten everything else
+            seen = [100 * record["result"]["test_accuracy"] for record in own]
+            axis.set_ylim(min(seen) - 2, max(seen) + 2)
         axis.set(
             xscale="log", xlabel="density ≠ 0, without padding, %", ylabel="test accuracy, %", title=in_words(panel)
         )
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=7)
-    figure.suptitle(
-        "dotted: a point below plain fine-tuning with the same activation; faint: the grid, one seed", fontsize=9
-    )
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        if handles:
+            axis.legend(handles.values(), handles.keys(), frameon=False, fontsize=7)
+    figure.suptitle("dotted: a point below plain with that activation; faint: the grid, one seed", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
