@@ -1,4 +1,4 @@
-"""What our configs may compute: lists as the choices of a sweep, and the names of a run's presets."""
+"""What our configs may compute: lists as the choices of a sweep, the names of a run's presets, its tags."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +27,18 @@ def remedy(*, _root_: DictConfig) -> str:
     return "+".join(str(key) for key, node in nodes.items() if node is not None and "_target_" in node) or NONE
 
 
+def run_tags(*, _root_: DictConfig) -> list[str]:
+    """Seed and methods of a run, for W&B; the plain arm has no methods, and what only looks is none."""
+    nodes = {key: node for key, node in _root_.callbacks.items() if node is not None and "_target_" in node}
+    methods = [
+        str(key)
+        for key, node in nodes.items()
+        if node._target_.startswith("lightning_reg.") and not node._target_.endswith("Monitor")
+    ]
+    return [f"seed={_root_.seed}", *(methods if _root_.arm != "plain" else [])]
+
+
 OmegaConf.register_new_resolver("choices", choices, replace=True)
 OmegaConf.register_new_resolver("preset_choices", preset_choices, replace=True)
 OmegaConf.register_new_resolver("remedy", remedy, replace=True)
+OmegaConf.register_new_resolver("run_tags", run_tags, replace=True)

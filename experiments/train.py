@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -51,8 +52,9 @@ def main(cfg: DictConfig) -> float:
         "name": cfg.name, "seed": cfg.seed, "command": command(), "max_steps": cfg.trainer.max_steps, **run_info(),
         "arms": arms, "overhead": overhead(cfg),
     }  # fmt: skip
-    (output / "summary.json").write_text(json.dumps(summary, indent=2))
-    print_summary(*load_run(output), write_report(output))
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        (output / "summary.json").write_text(json.dumps(summary, indent=2))
+        print_summary(*load_run(output), write_report(output))
     return objective(cfg, arms)
 
 

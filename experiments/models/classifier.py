@@ -2,17 +2,18 @@
 
 import math
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from experiments.models.sharded import Sharded
+
 Batch = tuple[Tensor, Tensor]
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(Sharded):
     """Cross-entropy, AdamW, linear warm-up and cosine decay.
 
     Args:
@@ -48,8 +49,9 @@ class ImageClassifier(pl.LightningModule):
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels)
         accuracy = multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro")
-        self.log(f"{stage}/loss", loss, prog_bar=prog_bar, batch_size=len(labels))
-        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", batch_size=len(labels))
+        shared = {"batch_size": len(labels), "sync_dist": stage != "train"}
+        self.log(f"{stage}/loss", loss, prog_bar=prog_bar, **shared)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=stage == "val", **shared)
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,15 +1,15 @@
 """A causal language model of Hugging Face, trained as it is."""
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from experiments.models.classifier import cosine
+from experiments.models.sharded import Sharded
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(Sharded):
     """Next-token cross-entropy in nats, AdamW, linear warm-up and cosine decay.
 
     Args:
@@ -42,7 +42,7 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val/loss", self(batch), prog_bar=True, batch_size=len(batch))
+        self.log("val/loss", self(batch), prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [p for p in self.parameters() if p.requires_grad]

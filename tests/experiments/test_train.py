@@ -18,6 +18,7 @@ from experiments.train import callbacks, main, objective
 from lightning_reg.callbacks import RegMonitor, Regularizer, SigmaReparam
 from tests.conf.configs import compose, options
 from tests.experiments.fashion import write_fashion
+from tests.wandb_reader import _ended
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),  # the checkpoint folder, on the second fit
@@ -123,6 +124,18 @@ def test_the_plain_arm_keeps_the_monitor_only() -> None:
     plain = callbacks(config, "plain")
     assert any(isinstance(callback, RegMonitor) for callback in plain)
     assert not any(isinstance(callback, (Regularizer, SigmaReparam)) for callback in plain)
+
+
+def test_wandb_groups_and_tags_the_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = compose("experiment=quickstart", "debug=fast", "logger=wandb_offline", "seed=3", output=tmp_path)
+    main.__wrapped__(config)
+    found = {}
+    for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb"):
+        (run,) = [record.run for kind, record in _ended(path) if kind == "run"]
+        assert (run.project, run.run_group) == ("lightning_reg", "quickstart")
+        found[run.job_type] = sorted(run.tags)
+    assert found == {"regularized": ["aem", "deft", "prosparse", "seed=3", "sigma_reparam"], "plain": ["seed=3"]}
 
 
 def test_an_unknown_arm_is_refused() -> None:
