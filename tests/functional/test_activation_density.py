@@ -210,6 +210,16 @@ def test_compiled_without_graph_break_equals_eager(relative: bool) -> None:
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("width", [100, 128, 256, 384, 3072])
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_sums_of_any_width_equal_the_public_formula(width: int, masked: bool) -> None:
+    torch.compiler.reset()
+    x = torch.randn(3, 5, width)
+    mask = torch.rand(3, 5) < 0.6 if masked else None
+    compiled = torch.compile(activation_density, fullgraph=True, backend="aot_eager")
+    assert float(compiled(x, epsilon=0.3, mask=mask)) == pytest.approx(reference(x, 0.3, mask), rel=1e-6)
+
+
 def test_exact_density_counts_what_exceeds_the_threshold() -> None:
     x = torch.tensor([[0.0, -0.01, 0.02, 3.0], [0.0, 0.0, -0.0, 1.0]])
     assert exact_density(x).item() == pytest.approx(4 / 8)

@@ -283,10 +283,11 @@ def test_one_certain_key_has_entropy_zero(device: str) -> None:
     key = torch.zeros(1, 1, 40, 16, device=device)
     key[:, :, 7] = 30.0
     (_, entropy, _, largest), gradients = run(query, key, None, None, torch.ones(1, 1, 3, device=device))
-    assert entropy.abs().max() <= 1e-6
+    # a GPU scales and subtracts the maximum in one operation, rounded once; log-sum-exp 3600 is rounded by 1e-4
+    exact = device == "cpu"
+    assert entropy.abs().max() <= (0 if exact else 1e-6)
     torch.testing.assert_close(largest, torch.full_like(largest, 3600.0))
-    # log-sum-exp 3600 is rounded by 1e-4, and so is the logarithm of probability 1
-    assert all(gradient.abs().max() <= 1e-2 for gradient in gradients if gradient.numel())
+    assert all(gradient.abs().max() <= (0 if exact else 1e-2) for gradient in gradients if gradient.numel())
 
 
 def test_nan_stays_nan(device: str) -> None:

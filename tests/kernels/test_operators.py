@@ -103,8 +103,10 @@ def test_compiled_code_calls_the_operator_without_graph_break(available: bool, m
     torch.compiler.reset()
     compiled = torch.compile(lambda x: scaled(x + 1, 2.0) - 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
-    # torch before 2.14 asks the torch code for the shape of the result
-    assert [call for call in calls if call != "torch"] == (["kernel"] if available else [])
+    if available and torch.__version__ < (2, 14):  # asks the torch code for the shape of the result, and leaves a note
+        assert set(calls[:-1]) <= {"torch"}
+        calls[:] = calls[-1:]
+    assert calls == (["kernel"] if available else [])
 
 
 def test_without_triton_or_on_an_old_device_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
