@@ -8,26 +8,25 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "timm", "hydra-core")
+PACKAGES = ("torch", "lightning", "torchmetrics", "timm", "transformers", "peft", "hydra-core")  # those installed
 ROOT = Path(__file__).parents[1]
 
 
 def run_info() -> dict[str, str]:
     """Commit, versions and hardware, as text."""
+    versions = {"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     return {
         "commit": _commit(),
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]
-        ),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items() if number),
         "hardware": _hardware(),
     }
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _hardware() -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.benchmarks import usual
 from experiments.benchmarks.arms import ARMS, NONE, Addition, Arm, Regularized, Usual
-from experiments.benchmarks.harness import Variant, gradients, quiet
+from experiments.benchmarks.harness import Variant, full_precision, gradients, quiet
 from experiments.benchmarks.tasks import Task
 from experiments.benchmarks.training import Fit, Training, attach_of, new_model, release
 from lightning_reg.callbacks import QKClip
@@ -53,10 +53,8 @@ def check(task: Task, arm: Arm, device: torch.device) -> Errors:
     if arm.expected is None:
         return Errors()
     small = task.small()
-    exact = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
     try:
-        with quiet():
+        with quiet(), full_precision():
             if arm.expected == "plain":
                 errors = _check_monitor(small, arm)
             elif arm.expected == "clip":
@@ -66,7 +64,6 @@ def check(task: Task, arm: Arm, device: torch.device) -> Errors:
             else:
                 errors = _check_gradients(small, arm, device)
     finally:
-        torch.backends.cudnn.allow_tf32 = exact
         release(device)
     if not errors.single <= TOLERANCE:
         raise RuntimeError(f"{arm.name}: differs by {errors.single:.1e} of the largest; its cost means nothing.")

@@ -223,6 +223,17 @@ def _fit(variant: Variant, batches: Sequence[Any], steps: int, probe: Callback) 
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 in convolutions, where torch allows it by default."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """No table of sites and no advice for each of many short trainings."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
