@@ -25,7 +25,14 @@ from experiments.sigma_reparam_vit_results import best_rate, write_results
 from experiments.train import build
 from lightning_reg.callbacks import SigmaReparam, StabilityMonitor, apply_sigma_reparam
 
-PLAIN = {"method": "none", "layer_norm": False, "warmup": 0.0, "weight_decay": 0.0, "optimizer": "lars"}
+PLAIN = {
+    "method": "none",
+    "layer_norm": False,
+    "warmup": 0.0,
+    "weight_decay": 0.0,
+    "optimizer": "lars",
+    "gain_rate": 1.0,
+}
 CLASSIFIERS = {"adam": "classifier.ImageClassifier", "lars": "lars_classifier.LarsClassifier"}
 
 
@@ -81,6 +88,8 @@ def build_model(cfg: DictConfig, recipe: Mapping[str, Any], learning_rate: float
         "_target_": f"experiments.models.{CLASSIFIERS[recipe['optimizer']]}", "learning_rate": learning_rate,
         "warmup": recipe["warmup"], "weight_decay": recipe["weight_decay"],
     }  # fmt: skip
+    if recipe["optimizer"] == "lars":
+        changes["gain_rate"] = recipe["gain_rate"]
     if not recipe["layer_norm"]:
         changes["net"] = {"norm_layer": {"_target_": "torch.nn.Identity", "_partial_": True}}
     model = build(cfg.model, **changes)
