@@ -50,9 +50,9 @@ class LanguageModel(Sharded):
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
-            groups, lr=self.learning_rate, betas=tuple(self.betas), fused=self.device.type == "cuda"
-        )
+        # Lightning clips no gradients in mixed precision where the optimizer is fused
+        fused = self.device.type == "cuda" and not self.trainer.gradient_clip_val
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=tuple(self.betas), fused=fused)
         total, floor = int(self.trainer.estimated_stepping_batches), self.minimum / self.learning_rate
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup, floor))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
