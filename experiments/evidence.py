@@ -2,11 +2,16 @@
 
 A run is a mapping of settings (arm, seed, ...). Its result is one JSON file, ``runs/<settings>.json``, that appears
 once it is complete. What is there is not trained again; what is broken is reported and left out, never averaged.
+``python -m experiments.evidence FOLDER TARGET`` packs the runs of a folder into one file of another, whose page and
+picture any experiment then draws with ``results_only=true output_dir=TARGET``.
 """
 
+import argparse
+import gzip
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -52,7 +57,7 @@ class Store:
     """Results of a grid in a folder.
 
     Args:
-        folder: Holds ``runs/``; made when the first result is written.
+        folder: Holds ``runs/``, made when the first result is written, or ``runs.jsonl.gz``, many in one file.
     """
 
     folder: Path
@@ -71,19 +76,40 @@ class Store:
         temporary.write_text(json.dumps(record, indent=1))
         temporary.replace(path)
 
+    @property
+    def packed(self) -> Path:
+        """The file of many runs, a line each."""
+        return self.folder / "runs.jsonl.gz"
+
+    def pack(self, runs: Sequence[Record]) -> None:
+        """Keep runs in one file; the same runs give the same bytes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{json.dumps(record)}\n" for record in runs)
+        temporary = self.packed.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+        temporary.replace(self.packed)
+
     def read(self) -> list[Record]:
-        """Every complete run, in the order of the file names; the others are named on the console."""
-        found = []
+        """Every complete run, in the order of the file names; the others are named on the console.
+
+        Raises:
+            ValueError: If the file of many runs is damaged: none of them can be trusted.
+        """
+        found = {}
+        if self.packed.exists():
+            try:
+                lines = gzip.decompress(self.packed.read_bytes()).decode().splitlines()
+                if not lines:
+                    raise ValueError("it is empty")
+                found = {self.path(record["settings"]).name: record for record in map(_record, lines)}
+            except (ValueError, OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"{self.packed} is damaged ({error}); pack its runs again.") from error
         for path in sorted(self.folder.glob("runs/*.json")):
             try:
-                record = json.loads(path.read_text())
-                if not {"settings", "result", "seconds", "info"} <= set(record):
-                    raise ValueError("it lacks a part")
-            except (ValueError, OSError, TypeError) as error:
+                found[path.name] = _record(path.read_text())
+            except (ValueError, OSError) as error:
                 console.print(f"[yellow]{path} is broken and left out ({error}); delete it to run it again.")
-                continue
-            found.append(record)
-        return found
+        return [found[name] for name in sorted(found)]
 
     def done(self) -> set[str]:
         """File names of complete runs."""
@@ -144,6 +170,31 @@ def provenance(records: Sequence[Record]) -> list[str]:
     return [*lines, f"{len(records)} runs, {sum(record['seconds'] for record in records) / 60:.0f} minutes in all"]
 
 
+def _record(text: str) -> Record:
+    record = json.loads(text)
+    if not (isinstance(record, dict) and {"settings", "result", "seconds", "info"} <= record.keys()):
+        raise ValueError("it lacks a part")
+    return record
+
+
 def _short(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text.replace("/", "-").replace(" ", "-")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Pack the runs of a folder into one file of another.")
+    parser.add_argument("folder", type=Path, help="of an experiment, with runs/")
+    parser.add_argument("target", type=Path, help="folder of the file")
+    options = parser.parse_args(arguments)
+    runs = Store(options.folder).read()
+    if not runs:
+        parser.error(f"there are no complete runs in {options.folder / 'runs'}")
+    target = Store(options.target)
+    target.pack(runs)
+    print(f"{len(runs)} runs in {target.packed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """One static site of all results pages, which opens from disk: python -m experiments.gallery [FOLDER].
 
-Each page of ``experiments/results`` becomes a page of HTML, with the commands and the environment that it names in its
-head and what it links to beside it; the index shows a card for each. ``--screenshot experiments/results/gallery.png``
-takes the picture of the README, which needs Chromium.
+Each page of ``experiments/results``, and of each folder there the page of its name, becomes a page of HTML, with the
+commands and the environment that it names in its head and what it links to beside it; the index shows a card for each.
+``--screenshot experiments/results/gallery.png`` takes the picture of the README, which needs Chromium.
 """
 
 import argparse
@@ -75,10 +75,11 @@ def build(results: Path = RESULTS, site: Path = ROOT / "outputs" / "gallery") ->
     Raises:
         FileNotFoundError: If there are no results pages.
     """
-    sources = sorted(results.glob("*.md"))
+    own = [path for path in results.glob("*/*.md") if path.stem == path.parent.name]
+    sources = sorted([*results.glob("*.md"), *own], key=lambda path: path.stem)
     if not sources:
         raise FileNotFoundError(f"There are no results pages (*.md) in {results}.")
-    pages = [read_page(source) for source in sources]
+    pages = [read_page(source, results) for source in sources]
     site.mkdir(parents=True, exist_ok=True)
     for name in sorted(set().union(*(page.files for page in pages))):
         (site / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,14 +114,14 @@ def screenshot(index: Path, picture: Path) -> None:
     Image.open(picture).convert("RGB").quantize(256).save(picture, optimize=True)
 
 
-def read_page(path: Path) -> Page:
+def read_page(path: Path, results: Path) -> Page:
     """Parse and render one page; what it links to must lie beside it, what does not is reported and left out."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     for kind, before, after in (("open", '<div class="scroll" tabindex="0">', ""), ("close", "", "</div>")):
         markdown.add_render_rule(f"table_{kind}", _around(before, after))
     markdown.add_render_rule("image", _linked_image)
     tokens = markdown.parse(path.read_text(encoding="utf-8"))
-    files = _localise(tokens, path)
+    files = _localise(tokens, path, results)
     headings = _name_headings(tokens)
     title, rest = _split_title(tokens, path)
 
@@ -173,7 +174,7 @@ def _linked_image(renderer: Any, tokens: Sequence[Token], index: int, options: A
     return image if inside else str(Markup('<a href="{}">{}</a>').format(tokens[index].attrs["src"], Markup(image)))
 
 
-def _localise(tokens: Sequence[Token], path: Path) -> set[str]:
+def _localise(tokens: Sequence[Token], path: Path, results: Path) -> set[str]:
     """Point links at pages of the site and at copied files; returns these files."""
     files = set()
     for block in (token for token in tokens if token.type == "inline"):
@@ -195,7 +196,8 @@ def _localise(tokens: Sequence[Token], path: Path) -> set[str]:
                 if name.endswith(".md"):
                     token.attrs[key] = f"{name.removesuffix('.md')}.html" + (f"#{anchor}" if anchor else "")
                 else:
-                    files.add(name)
+                    token.attrs[key] = (path.parent / name).relative_to(results).as_posix()
+                    files.add(str(token.attrs[key]))
             else:
                 console.print(f"[yellow]{path.name}: {target} is not beside it, and left out.")
                 dropped += token.type == "link_open"

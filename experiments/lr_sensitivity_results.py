@@ -149,6 +149,21 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], dict[str, str]]:
     return ordered, {key: "; ".join(values) for key, values in info.items()}
 
 
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """What the finished runs of a sweep wrote; a broken file is named on the console and left out."""
+    found = []
+    for file in sorted(folder.rglob(FILE)):
+        try:
+            row = json.loads(file.read_text())
+            if not (isinstance(row, dict) and {"remedy", "learning_rate", "seed", "final_loss"} <= row.keys()):
+                raise ValueError("it lacks a part")
+        except (ValueError, OSError) as error:
+            Console(stderr=True).print(f"[yellow]{file} is broken and left out ({error}); the sweep runs it again.")
+            continue
+        found.append(row)
+    return found
+
+
 def write_csv(runs: Sequence[Run], path: Path) -> None:
     """One line a run."""
     with path.open("w", newline="") as file:
@@ -356,7 +371,7 @@ def _has(runs: Sequence[Run], rate: float) -> bool:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     if path.is_dir():
-        return [json.loads(file.read_text()) for file in sorted(path.rglob(FILE))]
+        return read_runs(path)
     if not path.exists():
         return []
     with path.open(newline="") as file:

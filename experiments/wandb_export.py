@@ -1,7 +1,8 @@
 """Stored runs of an experiment as offline W&B runs: python -m experiments.wandb_export outputs/compose/<run>.
 
 ``wandb sync <folder>/wandb/offline-run-*`` then uploads them: grouped by experiment, with the arm as job type and the
-settings as configuration and tags. Runs that were exported before are left as they are.
+settings as configuration and tags. Runs that were exported before are left as they are. The folder is one of
+``experiments.evidence``, or that of a sweep of learning rates, with its remedies as arms.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import wandb
 from rich.progress import track
 
 from experiments.evidence import Record, Settings, Store, console
+from experiments.lr_sensitivity_results import read_runs
 
 DONE = "exported"  # a file in the folder of a run that was written to its end
 PROJECT = "lightning_reg"
@@ -31,9 +33,9 @@ def export(folder: Path, experiment: str) -> list[Path]:
     Raises:
         FileNotFoundError: If no complete run is stored in the folder.
     """
-    records = Store(folder).read()
+    records = Store(folder).read() or [_of_sweep(row) for row in read_runs(folder)]
     if not records:
-        raise FileNotFoundError(f"There are no complete runs in {folder / 'runs'}.")
+        raise FileNotFoundError(f"There are no complete runs in {folder}.")
     new = []
     for record in records:
         earlier = list(folder.glob(f"wandb/offline-run-*-{run_id(experiment, record['settings'])}"))
@@ -42,6 +44,16 @@ def export(folder: Path, experiment: str) -> list[Path]:
             for path in earlier:  # an interruption left it
                 shutil.rmtree(path)
     return [log(record, folder, experiment) for record in track(new, "runs", console=console)]
+
+
+def _of_sweep(row: Mapping[str, Any]) -> Record:
+    """A run of ``experiments.lr_sensitivity``, whose trace becomes curves."""
+    settings = {"arm": row["remedy"], "learning_rate": row["learning_rate"], "seed": row["seed"]}
+    trace = row.get("trace", {})
+    curves = {name: [list(pair) for pair in zip(trace["step"], values, strict=True)] for name, values in trace.items()
+              if name != "step"}  # fmt: skip
+    kept = {key: row[key] for key in ("initial_loss", "final_loss", "steps", "error", "settings") if key in row}
+    return {"settings": settings, "result": {**kept, **curves}, "seconds": row["seconds"], "info": row["info"]}
 
 
 def log(record: Record, folder: Path, experiment: str) -> Path:
@@ -125,7 +137,7 @@ def experiment_of(folder: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="output folders, which hold runs/*.json")
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of experiments or sweeps")
     parser.add_argument("--experiment", help="the group; taken from the folder's name if left out")
     options = parser.parse_args(arguments)
     for folder in options.folders:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.evidence import Interval, MissingData, Store, grid, interval, paired, provenance, run_all
+from experiments.evidence import Interval, MissingData, Store, grid, interval, main, paired, provenance, run_all
 
 
 def test_an_interrupted_grid_repeats_nothing(tmp_path: Path) -> None:
@@ -33,6 +33,42 @@ def test_a_broken_run_is_reported_and_left_out(content: str, tmp_path: Path, cap
     (tmp_path / "runs" / "seed=1.json").write_text(content)
     assert [record["settings"] for record in store.read()] == [{"seed": 0}]
     assert "is broken and left out" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_packed_runs_are_those_that_were_packed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    store, target = Store(tmp_path / "out"), Store(tmp_path / "results")
+    for seed in range(3):
+        store.write({"arm": "a/b", "seed": seed}, {"loss": seed / 3}, 2.0)
+    main([str(store.folder), str(target.folder)])
+    assert "3 runs in" in capsys.readouterr().out
+    assert target.read() == store.read()
+    first = target.packed.read_bytes()
+    target.pack(store.read())
+    assert target.packed.read_bytes() == first
+    assert [path.name for path in target.folder.iterdir()] == ["runs.jsonl.gz"]
+    # they are done, and a run of its own counts before the packed one
+    trained: list[int] = []
+    run_all(target, grid(arm=["a/b"], seed=[0, 3]), lambda run: trained.append(run["seed"]) or {"loss": 9.0})
+    assert trained == [3]
+    target.write({"arm": "a/b", "seed": 1}, {"loss": 5.0}, 2.0)
+    assert [record["result"]["loss"] for record in target.read()] == [0.0, 5.0, 2 / 3, 9.0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"nothing", None])
+def test_a_damaged_pack_is_refused(damage: bytes | None, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write({"seed": 0}, {"loss": 1.0}, 2.0)
+    store.pack(store.read())
+    whole = store.packed.read_bytes()
+    store.packed.write_bytes(whole[:-9] if damage is None else damage)
+    with pytest.raises(ValueError, match="is damaged .*; pack its runs again"):
+        store.read()
+
+
+def test_nothing_to_pack_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "results")])
+    assert "there are no complete runs in" in capsys.readouterr().err
 
 
 def test_no_half_written_file_remains(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ python -m experiments.first results_only=true  # the page alone
 - commit: abc1234
 - 2 runs, 1 minutes in all
 """
+THIRD = """# In its folder
+
+Of [runs](third.csv), see `python -m experiments.third`.
+
+![a plot](plot.png)
+"""
 SECOND = """# Speed
 
 How long a step takes. Measured on an AMD EPYC with torch 2.14.1+cpu and timm 1.0.31.
@@ -82,14 +88,19 @@ class Document(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two results pages and their files."""
+    """Two results pages, one in its own folder, and their files."""
     folder = tmp_path_factory.mktemp("results")
     (folder / "first.md").write_text(FIRST)
     (folder / "second.md").write_text(SECOND)
     (folder / "first").mkdir()
     (folder / "first" / "runs.csv").write_text("arm,loss\nnone,1\n")
     (folder / "first" / "unused.csv").write_text("arm,loss\n")
-    Image.new("RGB", (1200, 400), "white").save(folder / "first" / "plot.png")
+    (folder / "first" / "notes.md").write_text("# No page")
+    (folder / "third").mkdir()
+    (folder / "third" / "third.md").write_text(THIRD)
+    (folder / "third" / "third.csv").write_text("arm,loss\n")
+    for name in ("first", "third"):
+        Image.new("RGB", (1200, 400), "white").save(folder / name / "plot.png")
     return folder
 
 
@@ -100,25 +111,25 @@ def site(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_page_names_its_commands_and_environment(results: Path) -> None:
-    page = read_page(results / "first.md")
+    page = read_page(results / "first.md", results)
     assert page.title == "Attention & what helps"
     assert page.commands == ["python -m experiments.first", "python -m experiments.first results_only=true"]
     assert page.environment == {
         "hardware": "NVIDIA H100 80GB HBM3", "versions": "Python 3.12.3, torch 2.11.0", "commit": "abc1234",
     }  # fmt: skip
-    assert read_page(results / "second.md").environment == {
+    assert read_page(results / "second.md", results).environment == {
         "hardware": "AMD EPYC", "versions": "torch 2.14.1+cpu, timm 1.0.31",
     }  # fmt: skip
 
 
 def test_the_summary_is_the_first_sentence_after_the_command(results: Path) -> None:
-    assert read_page(results / "first.md").summary == "Entropy &lt;low&gt; falls when logits\ngrow, e.g. 3."
-    assert read_page(results / "second.md").summary == "How long a step takes."
+    assert read_page(results / "first.md", results).summary == "Entropy &lt;low&gt; falls when logits\ngrow, e.g. 3."
+    assert read_page(results / "second.md", results).summary == "How long a step takes."
 
 
 def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
     documents = {path.name: Document(path) for path in site.glob("*.html")}
-    assert set(documents) == {"index.html", "first.html", "second.html"}
+    assert set(documents) == {"index.html", "first.html", "second.html", "third.html"}
     for document in documents.values():
         assert len(document.ids) == len(set(document.ids))
         for link in document.links:
@@ -128,7 +139,8 @@ def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
             assert not name or (site / name).is_file(), link
             # an anchor of another page is that page's affair, unless it was made here
             assert name or anchor in document.ids, link
-    assert "first/plot.png" in documents["index.html"].links
+    assert {"first/plot.png", "third/plot.png"} <= set(documents["index.html"].links)
+    assert {"third/plot.png", "third/third.csv"} <= set(documents["third.html"].links)
     assert {"first/runs.csv", "second.html#how", "#result", "#result-2"} <= set(documents["first.html"].links)
     assert not (site / "first" / "unused.csv").exists()
 
@@ -142,7 +154,7 @@ def test_the_page_shows_the_table_in_its_own_box(site: Path) -> None:
 
 def test_a_card_without_a_picture_shows_the_table(site: Path) -> None:
     index = (site / "index.html").read_text()
-    assert index.count('<img src="') == 1
+    assert index.count('<img src="') == 2
     assert re.search(
         r'inert><table>.*?<td>none</td>.*?</table></div>\s*<h2><a href="second.html">Speed', index, re.DOTALL
     )

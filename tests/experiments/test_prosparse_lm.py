@@ -191,7 +191,7 @@ def test_runs_of_an_arm_take_the_better_rate_and_the_strength_that_was_found(
         return {"loss": abs(run["learning_rate"] - best), "sparsity": 1 - density}
 
     monkeypatch.setattr(prosparse_lm, "train", train)
-    store = Store(tmp_path / "store")
+    cfg, store = OmegaConf.merge(cfg, {"tries": 3}), Store(tmp_path / "store")
     runs = prosparse_lm.runs_of(cfg, store, "hoyer")
     assert [run["seed"] for run in runs] == [1, 2]
     assert {run["learning_rate"] for run in runs} == {1e-3}

@@ -1,5 +1,6 @@
 """Stored runs as offline W&B runs, read back; the W&B sweep file against Hydra's sweep of the same name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,27 @@ def test_the_folder_says_which_experiment_it_is(stored: Path, tmp_path: Path) ->
     assert experiment_of(Path("outputs/aem_mil")) == "aem_mil"
     with pytest.raises(FileNotFoundError, match="There are no complete runs in"):
         export(tmp_path, "compose")
+
+
+def test_runs_of_a_sweep_become_arms_with_curves(tmp_path: Path) -> None:
+    trace = {"step": [10, 20], "loss": [4.0, None], "max_logit": [1.5, 2.5]}
+    row = {"remedy": "qk_norm+z_loss", "learning_rate": 0.01, "seed": 2, "initial_loss": 5.5, "final_loss": 1.25,
+           "steps": 20, "seconds": 3.0, "error": "", "trace": trace, "info": {"commit": "abc"},
+           "settings": {"model": {"width": 8}}}  # fmt: skip
+    for name, text in (("a", json.dumps(row)), ("b", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    (path,) = export(tmp_path, "lr_sensitivity")
+    run = read_run(path)
+    assert [(row["_step"], row.get("loss"), row.get("max_logit")) for row in run.history] == [
+        (10, 4.0, 1.5), (20, None, 2.5),
+    ]  # fmt: skip
+    assert {key: run.summary[key] for key in ("initial_loss", "final_loss", "seconds")} == {
+        "initial_loss": 5.5, "final_loss": 1.25, "seconds": 3.0,
+    }  # fmt: skip
+    assert run.config["arm"] == "qk_norm+z_loss"
+    assert run.config["commit"] == "abc"
+    assert export(tmp_path, "lr_sensitivity") == []
 
 
 def test_only_rising_steps_make_a_curve() -> None:
