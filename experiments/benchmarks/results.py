@@ -7,7 +7,8 @@ import csv
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,20 +28,15 @@ def provenance(commit: str | None = None) -> Row:
         commit: Of the checkout, where it is not a git repository.
     """
     info = run_info()
-    versions = [*info["versions"].split(", "), *(f"{name} {_version(name)}" for name in ("triton", "transformers"))]
+    versions = [info["versions"]]
+    if find_spec("triton"):
+        versions.append(f"triton {version('triton')}")
     if torch.version.cuda:
         versions.append(f"CUDA {torch.version.cuda}")
     return {
-        "hardware": info["hardware"], "versions": ", ".join(v for v in versions if "not installed" not in v),
-        "commit": commit or info["commit"], "source": _digest(),
+        "hardware": info["hardware"], "versions": ", ".join(versions), "commit": commit or info["commit"],
+        "source": _digest(),
     }  # fmt: skip
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _digest() -> str:
