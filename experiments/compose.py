@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     print(write_results(store, store.folder))
 
 
-def train(cfg: DictConfig, run: Mapping[str, Any]) -> dict[str, float]:
+def train(cfg: DictConfig, run: Mapping[str, Any]) -> dict[str, Any]:
     """Train one arm: held-out loss and accuracy, and the quantities of the methods over its last batches."""
     cfg = OmegaConf.merge(cfg, {"seed": run["seed"]})  # type: ignore[assignment]
     pl.seed_everything(run["seed"], workers=True, verbose=False)
@@ -60,7 +60,9 @@ def train(cfg: DictConfig, run: Mapping[str, Any]) -> dict[str, float]:
     last = plain_numbers(trainer.callback_metrics)
     values = {
         "entropy": last["reg/attention_entropy/value"], "density": last["reg/activation_density/value"],
-        "z": last["reg/z_loss/value"],
+        "z": last["reg/z_loss/value"], "steps": steps, "batch_size": data.batch_size,
+        "length": getattr(data, "length", None), "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": OmegaConf.to_container(cfg.weights),
     }  # fmt: skip
     if run["task"] == "vit":
         (scores,) = trainer.test(model, data, verbose=False)

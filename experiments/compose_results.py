@@ -37,10 +37,36 @@ def write_results(store: Store, folder: Path) -> Path:
     for task, by_quantity in effects.items():
         if by_quantity:
             lines += ["", f"## {TASKS[task]}", "", *table(by_quantity), "", *reading(by_quantity["loss"])]
+    if records:
+        lines += ["", "## What was trained", "", *trained(records)]
     lines += ["", "## Where the numbers come from", "", "- `python -m experiments.compose`"]
     lines += [f"- {line}" for line in provenance(records)] if records else ["- no runs yet"]
     (folder / "compose.md").write_text("\n".join(lines) + "\n")
     return folder / "compose.md"
+
+
+def trained(records: Sequence[Record]) -> list[str]:
+    """Sizes, steps and seeds of each task, and the weights, as the runs say."""
+    lines = []
+    for task, title in TASKS.items():
+        own = [record for record in records if record["settings"]["task"] == task]
+        if own:
+            first = min((record["result"] for record in own), key=lambda result: result["parameters"])
+            batch = f"{first['batch_size']} images" if task == "vit" else (
+                f"{first['batch_size']} windows of {first['length']} bytes")  # fmt: skip
+            seeds = sorted({record["settings"]["seed"] for record in own})
+            lines.append(
+                f"- {title}: {first['parameters'] / 1e6:.2f} million parameters, {first['steps']} steps of {batch}, "
+                f"seeds {', '.join(map(str, seeds))}"
+            )
+    weights = records[0]["result"]["weights"]
+    said = ", ".join(f"{LABELS[method]} {weight:g}" for method, weight in weights.items())
+    return [
+        *lines,
+        f"- weights: {said}; sigma-Reparam starts from the function it finds",
+        "- one weight for each method and one learning rate for all arms: what others would give is not asked",
+        "- no paper has this design",
+    ]
 
 
 def effects_of(records: Sequence[Record], task: str) -> dict[str, dict[Effect, Interval]]:
@@ -116,7 +142,8 @@ def draw(effects: Mapping[str, Mapping[str, Mapping[Effect, Interval]]], path: P
 def write_csv(records: Sequence[Record], path: Path) -> None:
     """Every run in a line."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["task", "seed", "arm", *QUANTITIES, "seconds"], restval="")
+        writer = csv.DictWriter(file, ["task", "seed", "arm", *QUANTITIES, "seconds"], restval="",
+                                extrasaction="ignore")  # fmt: skip
         writer.writeheader()
         for record in records:
             writer.writerow({**record["settings"], **record["result"], "seconds": round(record["seconds"], 2)})

@@ -118,6 +118,7 @@ class Store:
 
 def run_all(store: Store, runs: Sequence[Settings], train: Callable[[Settings], Any]) -> None:
     """Train what is not there yet, with a progress bar; an interruption loses only the run at hand."""
+    run_info()  # the commit is that of the start
     done = store.done()
     left = [settings for settings in runs if store.path(settings).name not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -76,12 +76,21 @@ def write_results(store: Store, folder: Path, tuning_seed: int, sparsity: float)
     ]  # fmt: skip
     if arms or before:
         lines += ["![loss over sparsity, sparsity by layer](prosparse_lm.png)", "", "## What it says", ""]
-        lines += [*reading(arms, before, sparsity), "", "## Every arm, at equal tokens", ""]
+        lines += [
+            *extrapolated(records, tuning_seed),
+            *reading(arms, before, sparsity),
+            "",
+            "## Every arm, at equal tokens",
+            "",
+        ]
         lines += [*table(arms, before), "", "## Beside the paper", "", *paper_table(arms, before), ""]
         lines += ["## What was tried", "", *tried_table(records, tuning_seed), ""]
         lines += ["## What differs from the paper", "", *deviations(records, tuning_seed), ""]
     lines += ["## Where the numbers come from", "", "- `python -m experiments.prosparse_lm`"]
     lines += [f"- {line}" for line in provenance(records)] if records else ["- no runs yet"]
+    if arms:
+        seeds = sorted({seed for arm in arms.values() for seed in arm.results})
+        lines += [f"- seeds {', '.join(map(str, seeds))}, and {tuning_seed} for the search"]
     (folder / "prosparse_lm.md").write_text("\n".join(lines) + "\n")
     return folder / "prosparse_lm.md"
 
@@ -120,11 +129,12 @@ def introduction(records: Sequence[Record], tuning_seed: int, sparsity: float) -
     )
     second = (
         "*Sparsity* is the share of exact zeros in the inputs of the down-projections, as the mean over layers; *of "
-        "chunks* the share of neurons that stay 0 over 8 tokens. *At +1 % perplexity* small contributions of the "
-        "trained model are dropped, by one CETT for all layers, until its perplexity is 1 % higher: so SiLU can be "
-        "compared. Loss is in nats a token; all of it on held-out files. Strengths were searched, with another seed "
-        f"({tuning_seed}), for {100 * sparsity:g} % sparsity. ± is the 95 % interval over seeds (Student's t), paired "
-        "in differences; **bold** leaves out 0."
+        "chunks* the share of neurons that stay 0 over 8 tokens. *At +1 % perplexity* is the largest truncation of "
+        "small contributions that was found, one CETT for all layers, which keeps a model within 1 % of its own "
+        "perplexity, on the first windows: it says how much of a model can go, not which model is better. Loss is in "
+        f"nats a token, on {facts['val_tokens']} tokens of held-out files, which also chose the learning rates. "
+        f"Strengths were searched, with another seed ({tuning_seed}), for {100 * sparsity:g} % sparsity. ± is the 95 % "
+        "interval over seeds (Student's t) on the same held-out text, paired in differences; **bold** leaves out 0."
     )
     return [*wrap(first, 118), "", *wrap(second, 118)]
 
@@ -152,6 +162,12 @@ def reading(arms: Mapping[str, Arm], before: Mapping[str, Any] | None, sparsity:
                 lines += [
                     f"- **Comparable quality** to {name}: {nats(last.less(base))} nats, {comparable(last.less(base))}."
                 ]
+    if before and "relu" in arms:
+        found = arms["relu"].less(_constant(before, arms["relu"]))
+        lines += [
+            f"- ReLU, trained, is {nats(found)} nats from the model as it comes, which never saw this text: a "
+            "comparison with that is lenient."
+        ]
     lines += [
         line
         for line in (
@@ -170,7 +186,7 @@ def reading(arms: Mapping[str, Arm], before: Mapping[str, Any] | None, sparsity:
     cut = {name: interval(truncated_of(arm)) for name, arm in arms.items() if truncated_of(arm)}
     if cut:
         said = ", ".join(f"{LABELS[name]} {percent(found)} %" for name, found in cut.items())
-        lines += [f"- **Sparsity at 1 % more perplexity**: {said}."]
+        lines += [f"- **Sparsity within 1 % of a model's own perplexity**: {said}."]
     if "controller" in arms:
         found = arms["controller"].mean("sparsity")
         off = abs(found.mean - sparsity)
@@ -181,9 +197,14 @@ def reading(arms: Mapping[str, Arm], before: Mapping[str, Any] | None, sparsity:
         layers = arms["prosparse"].layers()
         third = max(1, len(layers) // 3)
         low, high = sum(layers[:third]) / third, sum(layers[-third:]) / third
+        more = interval([
+            (sum(result["layer_sparsity"][-third:]) - sum(result["layer_sparsity"][:third])) / third
+            for result in arms["prosparse"].results.values()
+        ])  # fmt: skip
+        word = ("so here" if more.mean > 0 else "the opposite here") if more.clear else "no clear difference"
         lines += [
             f"- **Lower layers are denser** (paper): the first third has {100 * low:.1f} % sparsity, the last "
-            f"{100 * high:.1f} %: {'so here' if low < high else 'not here'}."
+            f"{100 * high:.1f} %, {percent(more, '+')} points more: {word}."
         ]
     return lines
 
@@ -220,10 +241,11 @@ def versus(arms: Mapping[str, Arm], ours: str, base: str, title: str) -> str:
         return ""
     cost, more = arms[ours].less(arms[base]), arms[ours].less(arms[base], "sparsity")
     said = f"- **{title}**: {nats(cost)} nats at {percent(more, '+')} points of sparsity, "
-    if abs(more.mean) > MATCHED:
+    if abs(more.mean) > MATCHED:  # no equal sparsity
         worse = cost.clear and cost.mean > 0 and more.mean < 0
         better = cost.clear and cost.mean < 0 and more.mean > 0
-        return said + ("worse in both." if worse else "better in both." if better else "which are not comparable.")
+        apart = f"more than {100 * MATCHED:g} point apart, so not comparable."
+        return said + ("worse in both." if worse else "better in both." if better else apart)
     if not cost.clear:
         return said + "no clear difference."
     return said + ("better." if cost.mean < 0 else "worse.")
@@ -310,6 +332,13 @@ def deviations(records: Sequence[Record], tuning_seed: int) -> list[str]:
         found = sorted({run["learning_rate"] for run in tried if run["arm"] == arm})
         return ", ".join(f"{rate:g}" for rate in found) or "none"
 
+    def at_edge(arm: str) -> str:
+        tried = {r["settings"]["learning_rate"] for r in records if r["settings"]["arm"] == arm
+                 and r["settings"]["seed"] == tuning_seed}  # fmt: skip
+        used = {r["settings"]["learning_rate"] for r in records if r["settings"]["arm"] == arm
+                and r["settings"]["seed"] != tuning_seed}  # fmt: skip
+        return "at the edge of its grid" if used & {min(tried, default=0), max(tried, default=0)} else "inside its grid"
+
     lines = [
         f"{millions(facts['parameters'])} million parameters and {millions(facts['tokens'])} million tokens a run; the "
         "paper's headline has 7 billion and 34.6 billion.",
@@ -318,11 +347,32 @@ def deviations(records: Sequence[Record], tuning_seed: int) -> list[str]:
         "shares of the training, their last weight searched; its constant weight too.",
         f"Threshold shift: {shift}; the paper's is 0.01 for all layers.",
         f"AdamW; peak learning rate: the best of {rates('silu')} for SiLU, of {rates('relu')} for ReLU and the rest, "
-        f"by validation loss of seed {tuning_seed}; 5 % warm-up, cosine to {facts['minimum']:g} of the peak, gradients "
-        f"clipped at norm {facts['gradient_clip']:g}, {facts['precision']}.",
+        f"by validation loss of seed {tuning_seed} (SiLU's is {at_edge('silu')}, ReLU's {at_edge('relu')}); 5 % "
+        f"warm-up, cosine to {facts['minimum']:g} of the peak, gradients clipped at norm {facts['gradient_clip']:g}, "
+        f"{facts['precision']}.",
         "Hoyer-square and the controller are not in the paper.",
     ]
     return [f"- {line}" for line in lines]
+
+
+def extrapolated(records: Sequence[Record], tuning_seed: int) -> list[str]:
+    """Arms whose reported strength lies beyond all that were tried, and what the nearest try gave."""
+    said = []
+    for arm in sorted({r["settings"]["arm"] for r in records}):
+        own = [r for r in records if r["settings"]["arm"] == arm]
+        tried = {r["settings"]["strength"]: r["result"] for r in own if r["settings"]["seed"] == tuning_seed}
+        used = {r["settings"]["strength"] for r in own if r["settings"]["seed"] != tuning_seed}
+        if len(tried) > 1 and used and min(used) > max(tried):
+            nearest = tried[max(tried)]
+            said.append(
+                f"{LABELS[arm]} at {min(used):g} after tries up to {max(tried):g}, which gave "
+                f"{100 * nearest['sparsity']:.1f} % at {nearest['loss']:.2f} nats"
+            )
+    if not said:
+        return []
+    return [
+        "The strength that is reported was extrapolated and not tried itself, and overshot: " + "; ".join(said) + "."
+    ]
 
 
 def millions(count: int) -> str:

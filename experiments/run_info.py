@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@cache
 def _commit() -> str:
+    """Of the code that was loaded: files that change while it runs do not count."""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         return f"{commit} with local changes" if _git("status", "--porcelain", "--untracked-files=no") else commit

@@ -61,6 +61,8 @@ def test_a_toy_run_ends_in_a_page_that_says_what_the_files_hold(tmp_path: Path) 
     page = write_results(store, tmp_path).read_text()
     assert "| density loss | +0.1250 |" in page
     assert "16 runs, 0 minutes in all" in page
+    assert "million parameters, 10 steps of 64 images, seeds 0" in page
+    assert "- weights: AEM 0.1, density loss 0.1, z-loss 0.001;" in page
     assert (tmp_path / "compose.png").stat().st_size > 1000
     with (tmp_path / "compose.csv").open(newline="") as file:
         assert {row["arm"]: row["loss"] for row in csv.DictReader(file)}["deft"] == "1.125"
