@@ -64,7 +64,8 @@ def trained(records: Sequence[Record]) -> list[str]:
     return [
         *lines,
         f"- weights: {said}; sigma-Reparam starts from the function it finds",
-        "- one weight for each method and one learning rate for all arms: what others would give is not asked",
+        "- one weight for each method and one learning rate for all arms: what others would give is not asked, and "
+        "sigma-Reparam wants a higher one",
         "- no paper has this design",
     ]
 
