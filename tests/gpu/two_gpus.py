@@ -119,7 +119,9 @@ def precision(name: str, kind: str) -> dict[str, Any]:
     if name == "fp16_mixed":  # no first steps are skipped: the reference in float64 skips none
         device = "cuda" if CUDA else "cpu"
         if kind == "fsdp1":
-            return {"plugins": [FSDPPrecision("16-mixed", ShardedGradScaler(device, init_scale=1024.0))]}
+            plugin = FSDPPrecision("16-mixed")  # which takes no scaler here, whatever its signature says
+            plugin.scaler = ShardedGradScaler(device, init_scale=1024.0)
+            return {"plugins": [plugin]}
         scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         return {"plugins": [MixedPrecision("16-mixed", device, scaler=scaler)]}
     spelled = {"bf16_mixed": "bf16-mixed", "bf16_true": "bf16-true", "float64": "64-true"}
