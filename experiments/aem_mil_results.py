@@ -59,9 +59,10 @@ def write_results(store: Store, folder: Path) -> Path:
     lines += ["", "## What differs from the papers", "", *deviations(records)]
     lines += ["", "## Where the numbers come from", "", "- `python -m experiments.aem_mil`"]
     lines += [f"- {line}" for line in provenance(records)] if records else ["- no runs yet"]
-    seeds = sorted({record["settings"]["seed"] for record in records})
-    trained = sum(len(record["result"]["trials"]) for record in records)
-    lines += [f"- seeds {', '.join(map(str, seeds))}; {trained} trainings; minutes by the clock, of all processes"]
+    if records:
+        seeds = sorted({record["settings"]["seed"] for record in records})
+        trained = sum(len(record["result"]["trials"]) for record in records)
+        lines += [f"- seeds {', '.join(map(str, seeds))}; {trained} trainings; minutes by the clock, of all processes"]
     (folder / "aem_mil.md").write_text("\n".join(lines) + "\n")
     return folder / "aem_mil.md"
 
@@ -160,7 +161,7 @@ def reading(chosen: Chosen) -> list[str]:
         ]  # fmt: skip
         fair = [cell for cell in fair if cell.count > 1]
         more, less = count(fair)
-        against = f"; than new starts: {more} and {less}" if fair else ", though it is nothing but a choice among three"
+        against = f"; than new starts: {more} and {less}" if fair else ", though it is nothing but a choice"
         by_model = [
             f"{MODELS[model]} {pooled(tasks, arm, 'auc', 'images')}"
             for model, tasks in chosen.items()

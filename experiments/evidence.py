@@ -27,7 +27,8 @@ from scipy import stats
 from experiments.run_info import run_info
 
 Settings = Mapping[str, Any]
-Record = dict[str, Any]  # settings, "result", "seconds", "info"
+Record = dict[str, Any]
+PARTS = {"settings", "result", "seconds", "info"}  # of a record
 
 console = Console(stderr=True)
 
@@ -101,14 +102,12 @@ class Store:
                 lines = gzip.decompress(self.packed.read_bytes()).decode().splitlines()
                 if not lines:
                     raise ValueError("it is empty")
-                found = {self.path(record["settings"]).name: record for record in map(_record, lines)}
+                found = {
+                    self.path(record["settings"]).name: record for record in (_parse(line, PARTS) for line in lines)
+                }
             except (ValueError, OSError, EOFError, zlib.error) as error:
                 raise ValueError(f"{self.packed} is damaged ({error}); pack its runs again.") from error
-        for path in sorted(self.folder.glob("runs/*.json")):
-            try:
-                found[path.name] = _record(path.read_text())
-            except (ValueError, OSError) as error:
-                console.print(f"[yellow]{path} is broken and left out ({error}); delete it to run it again.")
+        found |= {path.name: record for path, record in read_whole(self.folder.glob("runs/*.json"), PARTS)}
         return [found[name] for name in sorted(found)]
 
     def done(self) -> set[str]:
@@ -171,9 +170,20 @@ def provenance(records: Sequence[Record]) -> list[str]:
     return [*lines, f"{len(records)} runs, {sum(record['seconds'] for record in records) / 60:.0f} minutes in all"]
 
 
-def _record(text: str) -> Record:
+def read_whole(files: Iterable[Path], parts: set[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """JSON files that hold mappings with these parts, in order; a broken one is named on the console and left out."""
+    found = []
+    for path in sorted(files):
+        try:
+            found.append((path, _parse(path.read_text(), parts)))
+        except (ValueError, OSError) as error:
+            console.print(f"[yellow]{path} is broken and left out ({error}); delete it to run it again.")
+    return found
+
+
+def _parse(text: str, parts: set[str]) -> dict[str, Any]:
     record = json.loads(text)
-    if not (isinstance(record, dict) and {"settings", "result", "seconds", "info"} <= record.keys()):
+    if not (isinstance(record, dict) and parts <= record.keys()):
         raise ValueError("it lacks a part")
     return record
 

@@ -1,7 +1,6 @@
 """The learning-rate sweep as table, curves and page; reads the folder of a sweep or the CSV written from one."""
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from experiments.early_warning_results import MARGIN, Outcome, divergence
 from experiments.early_warning_results import summarise as score
+from experiments.evidence import read_whole
 from experiments.resolvers import NONE
 from lightning_reg.early_warning import EarlyWarning
 from lightning_reg.functional import lr_sensitivity
@@ -151,17 +151,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], dict[str, str]]:
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
     """What the finished runs of a sweep wrote; a broken file is named on the console and left out."""
-    found = []
-    for file in sorted(folder.rglob(FILE)):
-        try:
-            row = json.loads(file.read_text())
-            if not (isinstance(row, dict) and {"remedy", "learning_rate", "seed", "final_loss"} <= row.keys()):
-                raise ValueError("it lacks a part")
-        except (ValueError, OSError) as error:
-            Console(stderr=True).print(f"[yellow]{file} is broken and left out ({error}); the sweep runs it again.")
-            continue
-        found.append(row)
-    return found
+    return [row for _, row in read_whole(folder.rglob(FILE), {"remedy", "learning_rate", "seed", "final_loss"})]
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:

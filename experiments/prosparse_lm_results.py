@@ -370,9 +370,7 @@ def extrapolated(records: Sequence[Record], tuning_seed: int) -> list[str]:
             )
     if not said:
         return []
-    return [
-        "The strength that is reported was extrapolated and not tried itself, and overshot: " + "; ".join(said) + "."
-    ]
+    return [f"- **Strengths beyond the tries**, by extrapolation, so that sparsity missed its mark: {'; '.join(said)}."]
 
 
 def millions(count: int) -> str:

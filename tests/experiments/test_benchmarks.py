@@ -16,7 +16,15 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from experiments.benchmarks import attention, checks, distributed, harness, overhead, page, steps
 from experiments.benchmarks.arms import ARMS, Addition
-from experiments.benchmarks.harness import Variant, alternate, gradients, interleave, paired_ratio, peak_allocation
+from experiments.benchmarks.harness import (
+    Variant,
+    alternate,
+    full_precision,
+    gradients,
+    interleave,
+    paired_ratio,
+    peak_allocation,
+)
 from experiments.benchmarks.overhead import Contest, Setup, check, contests
 from experiments.benchmarks.results import DIRECTORY, PROVENANCE
 from experiments.benchmarks.tasks import TASKS, TINY
@@ -269,3 +277,10 @@ def test_compiled_code_that_computes_something_else_gets_no_numbers(monkeypatch:
 
 def test_a_budget_ends_the_rounds() -> None:
     assert len(alternate({"a": lambda: 1.0}, rounds=50, budget=0)["a"]) == harness.LEAST_ROUNDS
+
+
+def test_full_precision_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with full_precision():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32

@@ -43,6 +43,7 @@ def test_packed_runs_are_those_that_were_packed(tmp_path: Path, capsys: pytest.C
     assert "3 runs in" in capsys.readouterr().out
     assert target.read() == store.read()
     first = target.packed.read_bytes()
+    assert first[4:8] == bytes(4)  # no time of packing
     target.pack(store.read())
     assert target.packed.read_bytes() == first
     assert [path.name for path in target.folder.iterdir()] == ["runs.jsonl.gz"]

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from experiments import prosparse_lm
 from experiments.data.token_windows import TokenWindows, tokens_of
 from experiments.evidence import Interval, MissingData, Store, sized
 from experiments.models import smollm2
+from experiments.models.language_model import LanguageModel
 from experiments.prosparse_lm import next_strength
 from experiments.prosparse_lm_results import comparable, reached, reported, versus, write_results
 from experiments.run_info import ROOT
@@ -347,3 +349,13 @@ def test_verdicts_follow_the_intervals(store: Store) -> None:
 def test_the_commands_of_the_config_are_known_arms(cfg: DictConfig) -> None:
     assert set(cfg.arms) == {"untrained", *cfg.strengths}
     assert set(OmegaConf.to_container(cfg.strengths)) >= set(prosparse_lm.WEIGHTED)
+
+
+@pytest.mark.parametrize(("clip", "fused"), [(None, True), (1.0, False)])
+def test_adam_is_not_fused_where_gradients_are_clipped(
+    clip: float | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+    model = LanguageModel(torch.nn.Linear(2, 2))
+    model._trainer = SimpleNamespace(estimated_stepping_batches=5, gradient_clip_val=clip)
+    assert model.configure_optimizers()["optimizer"].defaults["fused"] is fused

@@ -22,6 +22,7 @@ from experiments.models.lars_classifier import LarsClassifier
 from experiments.run_info import ROOT
 from experiments.sharpness import sharpness
 from experiments.sigma_reparam_vit_results import LABELS, arms_of, best_rate, ours, verdict, write_results
+from lightning_reg.callbacks import apply_sigma_reparam
 from lightning_reg.functional import spectral_norm
 from tests.experiments.fashion import write_fashion
 
@@ -123,6 +124,18 @@ def test_a_step_of_lars_is_a_share_of_the_norm() -> None:
     optimizer.step()
     # 10 times a thousandth of |W| = 5, along the gradient
     torch.testing.assert_close(model.net.weight.data, torch.tensor([[3.0, 3.95]]))
+
+
+@pytest.mark.parametrize(("arm", "rate"), [("sigma_reparam", 0.5), ("sigma_reparam_slow_gains", 0.05)])
+def test_gains_have_the_rate_of_their_arm(arm: str, rate: float) -> None:
+    model = built(config(), arm)
+    apply_sigma_reparam(model)
+    model._trainer = SimpleNamespace(estimated_stepping_batches=5)
+    rates = {id(p): group["lr"] for group in model.configure_optimizers()["optimizer"].param_groups
+             for p in group["params"]}  # fmt: skip
+    found = {name.endswith(".gain"): rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found == {True: pytest.approx(rate), False: 0.5}
+    assert len(rates) == len(list(model.parameters()))
 
 
 # --- data ---
