@@ -25,7 +25,7 @@ from experiments.data.token_windows import TokenWindows
 from experiments.evidence import Record, Store, grid, run_all, sized
 from experiments.models import LanguageModel
 from experiments.models.smollm2 import find_weights, load_llama, load_tokenizer
-from experiments.prosparse_lm_results import UNTRAINED, write_results
+from experiments.prosparse_lm_results import UNTRAINED, encloses, write_results
 from experiments.run_info import ROOT
 from experiments.train import build
 from lightning_reg.activations import ShiftedReLU, activation_record, substitute_activations
@@ -84,7 +84,7 @@ def runs_of(cfg: DictConfig, store: Store, arm: str) -> list[Settings]:
             run_all(store, [run], lambda run: train(cfg, run))
             (record,) = [record for record in store.read() if record["settings"] == run]
             tried[run["strength"]] = record["result"]["sparsity"]
-        strength = next_strength(tried, cfg.sparsity, strength)
+        strength = reported_strength(tried, cfg.sparsity)
     return [settings(arm, strength, rate, seed) for seed in cfg.seeds]
 
 
@@ -126,6 +126,18 @@ def next_strength(tried: Mapping[float, float], sparsity: float, start: float) -
         return beyond
     found = low * exp(-distance[low] / slope)
     return float(f"{min(max(found, min(tried) / FACTOR), max(tried) * FACTOR):.3g}")
+
+
+def reported_strength(tried: Mapping[float, float], sparsity: float) -> float:
+    """Between the two tries that enclose a sparsity; where none do, the nearest try: what was not tried is not trusted.
+
+    Args:
+        tried: Sparsity by strength, not empty.
+        sparsity: To reach, < 1.
+    """
+    if encloses(tried.values(), sparsity):
+        return next_strength(tried, sparsity, min(tried))
+    return min(tried, key=lambda strength: abs(tried[strength] - sparsity))
 
 
 def train(cfg: DictConfig, run: Mapping[str, Any]) -> dict[str, Any]:

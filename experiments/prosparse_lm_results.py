@@ -1,7 +1,7 @@
 """ProSparse on a language model: page, table and picture, written from stored runs alone."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -77,7 +77,7 @@ def write_results(store: Store, folder: Path, tuning_seed: int, sparsity: float)
     if arms or before:
         lines += ["![loss over sparsity, sparsity by layer](prosparse_lm.png)", "", "## What it says", ""]
         lines += [
-            *extrapolated(records, tuning_seed),
+            *out_of_reach(records, tuning_seed, sparsity),
             *reading(arms, before, sparsity),
             "",
             "## Every arm, at equal tokens",
@@ -355,22 +355,29 @@ def deviations(records: Sequence[Record], tuning_seed: int) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def extrapolated(records: Sequence[Record], tuning_seed: int) -> list[str]:
-    """Arms whose reported strength lies beyond all that were tried, and what the nearest try gave."""
+def encloses(found: Iterable[float], sparsity: float) -> bool:
+    """Whether tries reached ``sparsity`` from both sides."""
+    values = list(found)
+    return min(values) <= sparsity <= max(values)
+
+
+def out_of_reach(records: Sequence[Record], tuning_seed: int, sparsity: float) -> list[str]:
+    """Arms whose tries stayed on one side of the sparsity asked for: the nearest try is reported."""
     said = []
     for arm in sorted({r["settings"]["arm"] for r in records}):
         own = [r for r in records if r["settings"]["arm"] == arm]
         tried = {r["settings"]["strength"]: r["result"] for r in own if r["settings"]["seed"] == tuning_seed}
         used = {r["settings"]["strength"] for r in own if r["settings"]["seed"] != tuning_seed}
-        if len(tried) > 1 and used and min(used) > max(tried):
-            nearest = tried[max(tried)]
-            said.append(
-                f"{LABELS[arm]} at {min(used):g} after tries up to {max(tried):g}, which gave "
-                f"{100 * nearest['sparsity']:.1f} % at {nearest['loss']:.2f} nats"
-            )
+        if len(tried) < 2 or not used or encloses([result["sparsity"] for result in tried.values()], sparsity):
+            continue
+        nearest = tried[min(tried, key=lambda strength: abs(strength - min(used)))]
+        said.append(
+            f"{LABELS[arm]} at {min(used):g} after tries of {min(tried):g} to {max(tried):g}, of which the nearest "
+            f"gave {100 * nearest['sparsity']:.1f} % at {nearest['loss']:.2f} nats"
+        )
     if not said:
         return []
-    return [f"- **Strengths beyond the tries**, by extrapolation, so that sparsity missed its mark: {'; '.join(said)}."]
+    return [f"- **Strengths that no two tries enclose**, so that sparsity may miss its mark: {'; '.join(said)}."]
 
 
 def millions(count: int) -> str:

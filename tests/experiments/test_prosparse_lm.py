@@ -17,7 +17,7 @@ from experiments.data.token_windows import TokenWindows, tokens_of
 from experiments.evidence import Interval, MissingData, Store, sized
 from experiments.models import smollm2
 from experiments.models.language_model import LanguageModel
-from experiments.prosparse_lm import next_strength
+from experiments.prosparse_lm import next_strength, reported_strength
 from experiments.prosparse_lm_results import comparable, reached, reported, versus, write_results
 from experiments.run_info import ROOT
 
@@ -181,6 +181,12 @@ def test_the_search_reads_off_a_line_in_logarithms() -> None:
     assert next_strength({1.0: 0.6, 2.0: 0.5}, 0.9, 10) == 16  # denser with strength: noise
 
 
+def test_what_is_reported_lies_between_tries_or_is_one() -> None:
+    assert reported_strength({1.0: 0.8, 4.0: 0.95, 40.0: 0.99}, 0.9) == pytest.approx(2.0)
+    assert reported_strength({1.0: 0.6, 8.0: 0.8, 64.0: 0.88}, 0.9) == 64  # not a strength beyond them
+    assert reported_strength({1.0: 0.99, 0.1: 0.95}, 0.9) == 0.1
+
+
 def test_runs_of_an_arm_take_the_better_rate_and_the_strength_that_was_found(
     cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,7 +313,7 @@ def test_the_page_says_what_the_files_hold(store: Store, tmp_path: Path) -> None
     assert "points of sparsity, better." in page
     assert "**Threshold shift**: +1.0 ± 0.0 points of sparsity for **+0.0010 ± 0.0000** nats (paper: +1.21" in page
     assert "the first third has 88.5 % sparsity, the last 90.5 %, +2.0 ± 0.0 points more: so here" in page
-    assert "ProSparse, no shift at 8 after tries up to 4, which gave 85.0 % at 2.10 nats." in page
+    assert "ProSparse, no shift at 8 after tries of 2 to 4, of which the nearest gave 85.0 % at 2.10 nats." in page
     assert "on 512 tokens of held-out files" in page.replace("\n", " ")
     assert "loss of 2.500 (perplexity 12.2); with ReLU in place of SiLU and no training 6.000, at 65.0 %" in page
     assert "| ReLU | 66 |  | 66.0 ± 0.0 |  |" in page
