@@ -34,7 +34,7 @@ SHARED = {
         "surgery",
     },
     "losses": set(),
-    "kernels": {"long_attention", "operators", "reduction", "short_attention", "vocabulary"},
+    "kernels": {"launching", "long_attention", "operators", "reduction", "short_attention", "vocabulary"},
 }
 # who may import whom: never back
 LAYERS = {

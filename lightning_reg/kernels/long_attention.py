@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_reg.kernels.launching import ALIGNED, INTERPRETED, MOST_PLANS, TENSOR, Launch, Layout, layout
 from lightning_reg.kernels.operators import Unsupported
 
 try:  # from Triton 3.4
@@ -91,19 +92,15 @@ def forward(
     output = query.new_empty(0) if value is None else _empty(query, heads, rows, columns)
     if entropy.numel() == 0 or keys == 0:
         return output.zero_(), entropy.zero_(), lse.zero_(), largest.fill_(-math.inf)
-    block_m, block_n, warps, stages = _blocks("forward", query, columns)
-    left, right, has_left, has_right = _spans(is_causal, window)
+    block_m, block_n, *_ = _blocks("forward", query.dtype, dim, columns, query.device)
     tensors = (query, key, value, None if value is None else output)
-    described, tiles = _tiles(tensors, (block_m, block_n, block_n, block_m))
-    blocks = _cdiv(rows, block_m)
-    _attention_entropy_forward_kernel[(blocks * batch * heads,)](
-        *tiles, entropy, lse, largest, *_table(bias), *_table(mask),
-        batch * heads, heads, heads // key.shape[1], rows, keys, blocks, _group(key, value, has_right),
-        scale * LOG2E.value, offset, step, left, right,
-        D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), BLOCK_M=block_m, BLOCK_N=block_n,
-        HAS_VALUE=value is not None, LEFT=has_left, RIGHT=has_right, TMA=described, PRECISION=_precision(query),
-        num_warps=warps, num_stages=stages,
+    described, plain, tiles = _tiles(tensors, (block_m, block_n, block_n, block_m))
+    bias, mask = _table(bias), _table(mask)
+    launch = _forward_launch(
+        query.device, described, tuple(map(layout, plain)), layout(bias), layout(mask), scale, is_causal, window,
+        offset, step,
     )  # fmt: skip
+    launch(*_given(*tiles, entropy, lse, largest, bias, mask))
     return output, entropy, lse, largest
 
 
@@ -156,54 +153,141 @@ def backward(
     if grad_output is None:
         value, grad_value = None, grad_value.zero_()
 
-    block_m, block_n, warps, stages = _blocks("query", query, columns)
-    blocks = _cdiv(rows, block_m)
-    statistics = query.new_empty(3, batch * heads, blocks * block_m, dtype=torch.float32)
+    block_m, block_n, *_ = _blocks("query", query.dtype, dim, columns, query.device)
+    statistics = query.new_empty(3, batch * heads, _cdiv(rows, block_m) * block_m, dtype=torch.float32)
+    bias, mask = _table(bias), _table(mask)
+    tensors = (query, key, value, grad_output, output)
+    described, plain, tiles = _tiles(tensors, (block_m, block_n, block_n, block_m, block_m))
+    band = (columns, layout(grad_entropy), layout(bias), layout(mask), scale, is_causal, window, offset, step)
+    launch = _query_launch(query.device, described, tuple(map(layout, plain)), layout(grad_query), *band)
+    launch(*_given(*tiles, grad_entropy, entropy, lse, statistics, grad_query, bias, mask))
+
+    block_m, block_n, *_ = _blocks("key", query.dtype, dim, columns, query.device)
+    described, plain, tiles = _tiles(tensors[:4], (block_m, block_n, block_n, block_m))
+    grads = (layout(grad_key), None if value is None else layout(grad_value))
+    launch = _key_launch(query.device, described, tuple(map(layout, plain)), statistics.shape[2], *grads, *band)
+    launch(*_given(*tiles, statistics, grad_key, None if value is None else grad_value, bias, mask))
+    return grad_query, grad_key, grad_value, none
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(MOST_PLANS)
+def _forward_launch(
+    device: torch.device, described: bool, tiles: tuple[Layout | None, ...], bias: Layout | None, mask: Layout | None,
+    scale: float, is_causal: bool, window: int | None, offset: int, step: int,
+) -> Launch:  # fmt: skip
+    query, key, value, _ = tiles
+    dtype, (batch, heads, rows, dim), _ = query  # type: ignore[misc]
+    groups, keys = key[1][1:3]  # type: ignore[index]
+    columns = dim if value is None else value[1][3]
+    block_m, block_n, warps, stages = _blocks("forward", dtype, dim, columns, device)
     left, right, has_left, has_right = _spans(is_causal, window)
-    numbers = (heads, heads // groups, rows, keys, statistics.shape[2])
-    span = (scale, offset, step, left, right)
-    tables = (*_table(bias), *_table(mask))
-    constants = {
-        "D": dim, "V": columns, "DP": _padded(dim), "VP": _padded(columns), "HAS_VALUE": value is not None,
-        "ENTROPY": grad_entropy is not None, "LEFT": has_left, "RIGHT": has_right, "PRECISION": _precision(query),
-    }  # fmt: skip
-    described, tiles = _tiles((query, key, value, grad_output, output), (block_m, block_n, block_n, block_m, block_m))
-    _attention_entropy_backward_query_kernel[(blocks * batch * heads,)](
-        *tiles, grad_entropy, *((0, 0, 0) if grad_entropy is None else grad_entropy.stride()), entropy, lse,
-        statistics, grad_query, *grad_query.stride()[:3], *tables,
-        batch * heads, *numbers, blocks, _group(key, value, has_right), *span,
-        **constants, TMA=described, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+    blocks = _cdiv(rows, block_m)
+    return Launch(
+        _attention_entropy_forward_kernel, (blocks * batch * heads,),
+        *_tile_arguments(tiles, described), TENSOR, TENSOR, TENSOR, *_table_arguments(bias), *_table_arguments(mask),
+        batch * heads, heads, heads // groups, rows, keys, blocks, _group(key, value, has_right),
+        scale * LOG2E.value, offset, step, left, right,
+        D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), BLOCK_M=block_m, BLOCK_N=block_n,
+        HAS_VALUE=value is not None, LEFT=has_left, RIGHT=has_right, TMA=described, PRECISION=_precision(dtype),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
-    block_m, block_n, warps, stages = _blocks("key", query, columns)
-    blocks = _cdiv(keys, block_n)
-    described, tiles = _tiles((query, key, value, grad_output), (block_m, block_n, block_n, block_m))
-    _attention_entropy_backward_key_kernel[(blocks * batch * groups,)](
-        *tiles, statistics, grad_key, *grad_key.stride()[:3],
-        *((None, 0, 0, 0) if value is None else (grad_value, *grad_value.stride()[:3])), *tables,
-        batch * groups, *numbers, blocks, _group(query, grad_output, has_right), *span,
-        **constants, TMA=described, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+
+@lru_cache(MOST_PLANS)
+def _query_launch(
+    device: torch.device, described: bool, tiles: tuple[Layout | None, ...], grad_query: Layout, columns: int,
+    grad_entropy: Layout | None, bias: Layout | None, mask: Layout | None, scale: float, is_causal: bool,
+    window: int | None, offset: int, step: int,
+) -> Launch:  # fmt: skip
+    query, key, value, *_ = tiles
+    dtype, (batch, heads, rows, dim), _ = query  # type: ignore[misc]
+    groups, keys = key[1][1:3]  # type: ignore[index]
+    block_m, block_n, warps, stages = _blocks("query", dtype, dim, columns, device)
+    blocks = _cdiv(rows, block_m)
+    left, right, has_left, has_right = _spans(is_causal, window)
+    return Launch(
+        _attention_entropy_backward_query_kernel, (blocks * batch * heads,), *_tile_arguments(tiles, described),
+        *((None, 0, 0, 0) if grad_entropy is None else (TENSOR, *grad_entropy[2])), TENSOR, TENSOR, TENSOR,
+        TENSOR, *grad_query[2][:3], *_table_arguments(bias), *_table_arguments(mask),
+        batch * heads, heads, heads // groups, rows, keys, blocks * block_m, blocks, _group(key, value, has_right),
+        scale, offset, step, left, right,
+        D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), HAS_VALUE=value is not None,
+        ENTROPY=grad_entropy is not None, LEFT=has_left, RIGHT=has_right, TMA=described,
+        PRECISION=_precision(dtype), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return grad_query, grad_key, grad_value, none
+
+
+@lru_cache(MOST_PLANS)
+def _key_launch(
+    device: torch.device, described: bool, tiles: tuple[Layout | None, ...], padded_rows: int, grad_key: Layout,
+    grad_value: Layout | None, columns: int, grad_entropy: Layout | None, bias: Layout | None, mask: Layout | None,
+    scale: float, is_causal: bool, window: int | None, offset: int, step: int,
+) -> Launch:  # fmt: skip
+    query, key, value, grad_output = tiles
+    dtype, (batch, heads, rows, dim), _ = query  # type: ignore[misc]
+    groups, keys = key[1][1:3]  # type: ignore[index]
+    block_m, block_n, warps, stages = _blocks("key", dtype, dim, columns, device)
+    blocks = _cdiv(keys, block_n)
+    left, right, has_left, has_right = _spans(is_causal, window)
+    return Launch(
+        _attention_entropy_backward_key_kernel, (blocks * batch * groups,), *_tile_arguments(tiles, described),
+        TENSOR, TENSOR, *grad_key[2][:3], *((None, 0, 0, 0) if grad_value is None else (TENSOR, *grad_value[2][:3])),
+        *_table_arguments(bias), *_table_arguments(mask),
+        batch * groups, heads, heads // groups, rows, keys, padded_rows, blocks, _group(query, grad_output, has_right),
+        scale, offset, step, left, right,
+        D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), HAS_VALUE=value is not None,
+        ENTROPY=grad_entropy is not None, LEFT=has_left, RIGHT=has_right, TMA=described,
+        PRECISION=_precision(dtype), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _given(*tensors: Any) -> list[Any]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _tile_arguments(tiles: tuple[Layout | None, ...], described: bool) -> list[Any]:
+    """Tensors with the strides of three axes each, which a descriptor knows itself."""
+    found: list[Any] = []
+    for tile in tiles:
+        found += (None, 0, 0, 0) if tile is None else (TENSOR, *((0, 0, 0) if described else tile[2][:3]))
+    return found
+
+
+def _table_arguments(table: Layout | None) -> tuple[Any, ...]:
+    """A bias or mask with its strides, those of broadcast axes 0, and whether queries differ in it."""
+    if table is None:
+        return None, 0, 0, 0, 0, False
+    _, shape, strides = table
+    return TENSOR, *(0 if n == 1 else stride for n, stride in zip(shape, strides)), shape[2] > 1
 
 
 def unsupported(
     query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None
 ) -> str | None:
     """Why the kernels cannot take these tensors; completes 'because ...'."""
-    tensors = [tensor for tensor in (query, key, value) if tensor is not None]
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"its kernel takes float16, bfloat16 and float32, not {query.dtype}"
-    if any(tensor.dtype != query.dtype for tensor in tensors):
-        return f"its kernel takes one dtype, not {' and '.join(str(tensor.dtype) for tensor in tensors)}"
-    if any(tensor.shape[-1] > LARGEST_DIM or tensor.shape[-1] == 0 for tensor in tensors):
-        return f"its kernel takes head dims from 1 to {LARGEST_DIM}, not {max(t.shape[-1] for t in tensors)}"
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        return f"its kernel shares key heads evenly, not {key.shape[1]} among {query.shape[1]}"
-    if bias is not None and bias.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"its kernel takes a bias of float16, bfloat16 or float32, not {bias.dtype}"
-    if any(tensor is not None and tensor.device != query.device for tensor in (key, value, bias, mask)):
+    others = [tensor.device for tensor in (key, value, bias, mask) if tensor is not None]
+    if any(device != query.device for device in others):
         return "its kernel takes tensors of one device"
+    return _refusal(layout(query), layout(key), layout(value), None if bias is None else bias.dtype)
+
+
+def _refusal(query: Layout, key: Layout, value: Layout | None, bias: torch.dtype | None) -> str | None:
+    (dtype, (_, heads, *_), _), (_, (_, groups, *_), _) = query, key
+    dtypes = [tensor[0] for tensor in (query, key, value) if tensor is not None]
+    dims = [tensor[1][-1] for tensor in (query, key, value) if tensor is not None]
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernel takes float16, bfloat16 and float32, not {dtype}"
+    if any(other != dtype for other in dtypes):
+        return f"its kernel takes one dtype, not {' and '.join(map(str, dtypes))}"
+    if max(dims) > LARGEST_DIM or min(dims) == 0:
+        return f"its kernel takes head dims from 1 to {LARGEST_DIM}, not {max(dims)}"
+    if groups == 0 or heads % groups:
+        return f"its kernel shares key heads evenly, not {groups} among {heads}"
+    if bias is not None and bias not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its kernel takes a bias of float16, bfloat16 or float32, not {bias}"
     return None
 
 
@@ -212,8 +296,8 @@ def _empty(query: Tensor, heads: int, rows: int, columns: int) -> Tensor:
     return query.new_empty(query.shape[0], rows, heads, columns).transpose(1, 2)
 
 
-def _tiles(tensors: tuple[Tensor | None, ...], rows: tuple[int, ...]) -> tuple[bool, list[Any]]:
-    """Tensors as a kernel takes them, with the strides of three axes each, and whether it takes descriptors.
+def _tiles(tensors: tuple[Tensor | None, ...], rows: tuple[int, ...]) -> tuple[bool, list[Tensor | None], list[Any]]:
+    """Whether a kernel takes descriptors, tensors with adjacent rows, and what the kernel takes for them.
 
     Args:
         tensors: (B, H, tokens, D) each, or None.
@@ -223,20 +307,18 @@ def _tiles(tensors: tuple[Tensor | None, ...], rows: tuple[int, ...]) -> tuple[b
     found: list[Any] = []
     for tensor, size in zip(plain, rows):
         if tensor is None:
-            found += (None, 0, 0, 0)
+            found.append(None)
             continue
         template = _described(tensor.shape, tensor.stride(), tensor.dtype, size)
-        if template is None or tensor.data_ptr() % 16 or not _is_hopper(tensor.device):
-            break
+        if template is None or tensor.data_ptr() % ALIGNED or not _is_hopper(tensor.device):
+            return False, plain, plain
         described = copy(template)  # a third of the time of making one
         described.base = tensor
-        found += (described, 0, 0, 0)
-    else:
-        return True, found
-    return False, [x for t in plain for x in ((None, 0, 0, 0) if t is None else (t, *t.stride()[:3]))]
+        found.append(described)
+    return True, plain, found
 
 
-@lru_cache(4096)
+@lru_cache(MOST_PLANS)
 def _described(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> Any:
     """A descriptor without its tensor; None where the tensor memory accelerator cannot address it."""
     size = dtype.itemsize
@@ -269,20 +351,16 @@ def _cdiv(number: int, size: int) -> int:
     return -(-number // size)
 
 
-def _precision(tensor: Tensor) -> str:
+def _precision(dtype: torch.dtype) -> str:
     """How products are taken: those of float32 as three of TF32, exact to 2**-22; the interpreter has no bfloat16."""
-    if not tensor.is_cuda:
+    if INTERPRETED:
         return "upcast"
-    return "tf32x3" if tensor.dtype == torch.float32 else "tf32"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def _table(table: Tensor | None) -> tuple[Any, ...]:
-    """A bias or mask with its strides, those of broadcast axes 0."""
-    if table is None:
-        return None, 0, 0, 0, 0, False
-    table = table.view(torch.uint8) if table.dtype == torch.bool else table
-    strides = (0 if n == 1 else stride for n, stride in zip(table.shape, table.stride()))
-    return table, *strides, table.shape[2] > 1
+def _table(table: Tensor | None) -> Tensor | None:
+    """A bias, or a mask as bytes."""
+    return table.view(torch.uint8) if table is not None and table.dtype == torch.bool else table
 
 
 def _spans(is_causal: bool, window: int | None) -> tuple[int, int, bool, bool]:
@@ -292,18 +370,18 @@ def _spans(is_causal: bool, window: int | None) -> tuple[int, int, bool, bool]:
     return left, right, window is not None, is_causal or window is not None
 
 
-def _group(first: Tensor, second: Tensor | None, uneven: bool) -> int:
+def _group(first: Layout | None, second: Layout | None, uneven: bool) -> int:
     """Heads that run side by side: as many as leave what they read over and over in the L2 cache."""
     if not uneven:
         return 1
-    size = first.shape[2] * first.shape[3] + (0 if second is None else second.shape[2] * second.shape[3])
-    return max(1, min(L2_BYTES // (size * first.element_size()), 64))
+    size = sum(shape[2] * shape[3] * dtype.itemsize for dtype, shape, _ in filter(None, (first, second)))
+    return max(1, min(L2_BYTES // size, 64))
 
 
-def _blocks(kernel: str, query: Tensor, columns: int) -> tuple[int, int, int, int]:
+def _blocks(kernel: str, dtype: torch.dtype, dim: int, columns: int, device: torch.device) -> tuple[int, int, int, int]:
     """Rows and keys of a block, warps and stages."""
-    tables = FLOAT32_BLOCKS if query.dtype == torch.float32 else BLOCKS if _is_hopper(query.device) else SMALL_BLOCKS
-    return tables[kernel][max(64, _padded(query.shape[3]), _padded(columns))]
+    tables = FLOAT32_BLOCKS if dtype == torch.float32 else BLOCKS if _is_hopper(device) else SMALL_BLOCKS
+    return tables[kernel][max(64, _padded(dim), _padded(columns))]
 
 
 @lru_cache

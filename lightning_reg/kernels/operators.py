@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LEAST_CAPABILITY = (8, 0)  # bf16 products
+LIBRARY = torch.library.Library("lightning_reg", "FRAGMENT")
 
 _off = os.environ.get("LIGHTNING_REG_KERNELS", "1") == "0"
 _interpreting = False
@@ -43,10 +44,11 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
 
         @wraps(eager)
         def run(*args: Any) -> Any:
-            launch = _launcher(kernel, args)
+            tensor = _first(args)
+            launch = _launcher(kernel, args, tensor)
             if launch is not None:
                 try:
-                    with _on_device(_first(args)):
+                    with on_device(tensor):
                         return launch(*args)
                 except Unsupported as reason:
                     _warn(name, str(reason))
@@ -57,8 +59,11 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
                     _warn(name, f"its kernel failed with {type(error).__name__}: {str(error)[:300]}")
             return eager(*args)
 
-        custom = torch.library.custom_op(f"lightning_reg::{name}", run, mutates_args=())
-        custom.register_fake(fake or eager)
+        # as `torch.library.custom_op` does, without its wrapper for autograd, which costs more than many a kernel
+        LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lightning_reg::{name}", fake or eager, lib=LIBRARY)
+        custom = getattr(torch.ops.lightning_reg, name).default
 
         @wraps(eager)
         def call(*args: Any) -> Any:
@@ -113,8 +118,8 @@ def warn_once(text: str) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def _launcher(kernel: str, args: tuple) -> Callable | None:
-    reason = unavailable(_first(args))
+def _launcher(kernel: str, args: tuple, tensor: Tensor) -> Callable | None:
+    reason = unavailable(tensor)
     if reason is None and (not _failed or _key(kernel, args) not in _failed):
         return _load(kernel)
     if reason:
@@ -147,14 +152,27 @@ def _missing_on(device: int) -> str | None:
     return None
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be that of ``tensor``."""
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Launches go to the device of ``tensor`` inside: Triton takes the current one, which need not be that."""
+    if not tensor.is_cuda or _devices() <= 1:
+        return _HERE
     index = tensor.get_device()
-    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    return _HERE if index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+_HERE: AbstractContextManager = nullcontext()
+
+
+@cache
+def _devices() -> int:
+    return torch.cuda.device_count()
 
 
 def _first(args: tuple) -> Tensor:
-    return next(arg for arg in args if isinstance(arg, Tensor))
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+    raise TypeError("an operator needs a tensor")
 
 
 def _key(kernel: str, args: tuple) -> Any:

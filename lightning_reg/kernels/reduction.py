@@ -8,21 +8,23 @@ Legend: x is (rows, width); without a mask, and where no number belongs to a row
 (ROWS, COLUMNS) of it. QUANTITY is "density", "l1", "square" or "hoyer".
 """
 
-import os
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_reg.kernels import launching
+from lightning_reg.kernels.launching import MOST_PLANS, TENSOR, Launch
 from lightning_reg.kernels.operators import Unsupported
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 SUM_TILE, SUM_TILES, SUM_WARPS = 8192, 1, 8
 ADD_TILE, ADD_WARPS = 1024, 4
 WIDE = 1 << 20  # from here on offsets within a tile of several rows could leave int32
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(launching.INTERPRETED)
 NORMAL = tl.constexpr(0.3989422804014327)  # density of the normal distribution at 0
 GELU_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
@@ -55,19 +57,32 @@ def means(
         floor: Measure how far x stands above it.
     """
     x = x.contiguous()
-    rows, width, tile = _layout(x, mask is not None, SUM_TILE)
-    tiles = triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]) if x.numel() else 0
-    partials = [x.new_empty(triton.cdiv(tiles, SUM_TILES), dtype=torch.float32) for _ in range(1 + square)]
-    if tiles:
-        with torch.cuda.device_of(x):
-            _sum_kernel[partials[0].shape](
-                x, _bytes(mask), inverse, partials[0], partials[-1], rows, width, fixed,
-                0.0 if floor is None else floor, QUANTITY=quantity, SQUARE=square, MASKED=mask is not None,
-                SCALED=inverse is not None, FLOOR=floor is not None, TILES=SUM_TILES, ROWS=tile[0], COLUMNS=tile[1],
-                num_warps=SUM_WARPS,
-            )  # fmt: skip
-    count = max(1, x.numel()) if mask is None else (mask.sum() * x.shape[-1]).clamp_min_(1)
-    return [partial.sum() / count for partial in partials]
+    count, launch = _sums(
+        x.device, x.dtype, x.shape, quantity, square, mask is not None, inverse is not None, fixed, floor
+    )
+    partials = [x.new_empty(count, dtype=torch.float32) for _ in range(1 + square)]
+    if launch is not None:
+        launch(*_given(x, _bytes(mask), inverse), partials[0], partials[-1])
+    total = max(1, x.numel()) if mask is None else (mask.sum() * x.shape[-1]).clamp_min_(1)
+    return [partial.sum() / total for partial in partials]
+
+
+@lru_cache(MOST_PLANS)
+def _sums(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, quantity: str, square: bool, masked: bool,
+    scaled: bool, fixed: float, floor: float | None,
+) -> tuple[int, Launch | None]:  # fmt: skip
+    """Number of the partial sums, and the launch that writes them; none where there is nothing to add."""
+    rows, width, tile = _layout(shape, masked, SUM_TILE)
+    count = triton.cdiv(triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]), SUM_TILES) if shape.numel() else 0
+    if not count:
+        return 0, None
+    launch = Launch(
+        _sum_kernel, (count,), TENSOR, TENSOR if masked else None, TENSOR if scaled else None, TENSOR, TENSOR,
+        rows, width, fixed, 0.0 if floor is None else floor, QUANTITY=quantity, SQUARE=square, MASKED=masked,
+        SCALED=scaled, FLOOR=floor is not None, TILES=SUM_TILES, ROWS=tile[0], COLUMNS=tile[1], num_warps=SUM_WARPS,
+    )  # fmt: skip
+    return count, launch
 
 
 def add(
@@ -95,34 +110,50 @@ def add(
     """
     sources = [source.contiguous() for source in sources]
     outputs = [torch.empty_like(source) for source in sources]
-    x = sources[0]
-    by_row = mask is not None or quantity == "hoyer"
-    rows, width, tile = _layout(x, by_row, ADD_TILE)
+    x, given = sources[0], (_bytes(mask), strength, inverse, unit, ratio)
     if x.numel():
-        grid = (triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]),)
-        with torch.cuda.device_of(x):
-            _add_kernel[grid](
-                None if grad is None else grad.contiguous(), x, sources[-1], _bytes(mask), strength, inverse, unit,
-                ratio, outputs[0], outputs[-1], rows, width, fixed, 0.0 if floor is None else floor,
-                QUANTITY=quantity, ACTIVATION=activation, GATED=len(sources) > 1, GRAD=grad is not None,
-                MASKED=mask is not None, SCALED=inverse is not None, FLOOR=floor is not None, ROWS=tile[0],
-                COLUMNS=tile[1], num_warps=ADD_WARPS,
-            )  # fmt: skip
+        grad = None if grad is None else grad.contiguous()
+        launch = _additions(
+            x.device, None if grad is None else grad.dtype, x.dtype, sources[-1].dtype, strength.dtype, x.shape,
+            len(sources) > 1, tuple(tensor is not None for tensor in given), activation, quantity, fixed, floor,
+        )  # fmt: skip
+        launch(*_given(grad, x, sources[-1], *given), outputs[0], outputs[-1])
     return outputs
+
+
+@lru_cache(MOST_PLANS)
+def _additions(
+    device: torch.device, grad: torch.dtype | None, dtype: torch.dtype, up: torch.dtype, strength: torch.dtype,
+    shape: torch.Size, gated: bool, given: tuple[bool, ...], activation: str, quantity: str, fixed: float,
+    floor: float | None,
+) -> Launch:  # fmt: skip
+    masked, _, scaled, *_ = given
+    rows, width, tile = _layout(shape, masked or quantity == "hoyer", ADD_TILE)
+    return Launch(
+        _add_kernel, (triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]),),
+        None if grad is None else TENSOR, TENSOR, TENSOR, *(TENSOR if there else None for there in given), TENSOR,
+        TENSOR, rows, width, fixed, 0.0 if floor is None else floor, QUANTITY=quantity, ACTIVATION=activation,
+        GATED=gated, GRAD=grad is not None, MASKED=masked, SCALED=scaled, FLOOR=floor is not None, ROWS=tile[0],
+        COLUMNS=tile[1], num_warps=ADD_WARPS,
+    )  # fmt: skip
+
+
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.int8)
 
 
-def _layout(x: Tensor, by_row: bool, size: int) -> tuple[int, int, tuple[int, int]]:
+def _layout(shape: torch.Size, by_row: bool, size: int) -> tuple[int, int, tuple[int, int]]:
     """``(rows, width, (rows, columns) of a tile)`` of a contiguous tensor, tiles of at most ``size`` elements."""
     if not by_row:
-        return 1, x.numel(), (1, size)
-    width = max(1, x.shape[-1])
+        return 1, shape.numel(), (1, size)
+    width = max(1, shape[-1])
     power = width & -width
     columns = size if width >= WIDE else min(power if power >= 256 else triton.next_power_of_2(width), size)
-    return x.numel() // width, width, (size // columns, columns)
+    return shape.numel() // width, width, (size // columns, columns)
 
 
 @triton.jit

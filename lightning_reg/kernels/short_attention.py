@@ -8,6 +8,8 @@ With ``p = 2 ** t`` and scaled scores ``s``: ``H = -sum p ln(p)`` and
 Keys are cut into ``PIECES``, powers of two that add up to little more than there are: 197 keys are 128 + 64 + 16.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_reg.kernels.launching import INTERPRETED, MOST_PLANS, TENSOR, Launch, Layout, layout
 from lightning_reg.kernels.operators import Unsupported
 
 MOST_TOKENS = 256
@@ -274,22 +277,18 @@ def forward(
         Output (batch, heads, queries, value_dim), in memory (batch, queries, heads, value_dim); entropy in nats,
         log-sum-exp and largest score, float32 (batch, heads, queries). Rows that see no key: 0, 0, 0 and -inf.
     """
-    value = _check(query, key, value, bias, mask, scale)
-    query, key, value = (_last_contiguous(tensor) for tensor in (query, key, value))
-    batch, heads, queries, dim = query.shape
-    keys, value_dim = value.shape[-2:]
-    output = _heads_inside(batch, heads, queries, value_dim, query)
-    entropy, lse, largest = (query.new_empty(batch, heads, queries, dtype=torch.float32) for _ in range(3))
-    if entropy.numel() == 0:
-        return output, entropy, lse, largest
-    settings, launch = _forward_settings(query.dtype, queries, keys, max(dim, value_dim))
-    seen, strides = _mask_arguments(mask, query, keys)
-    _forward_kernel[(batch * heads * settings["SPLIT"],)](
-        query, key, value, seen, output, entropy, lse, largest,
-        scale, heads, queries, keys, offset, step, window or 0,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides, *output.stride()[:3],
-        **_dims(dim, value_dim), **settings, **_sight(mask, is_causal, window, query), **launch,
+    if bias is not None:
+        raise Unsupported(WITHOUT_BIAS)
+    query, key, value = _rows_adjacent(query, key, value)
+    seen = _seen(mask, query, key)
+    plan = _forward_plan(
+        query.device, layout(query), layout(key), layout(value), layout(seen), mask is not None and mask.shape[-2] == 1,
+        scale, is_causal, window, offset, step,
     )  # fmt: skip
+    output = query.new_empty_strided(*plan.output)
+    entropy, lse, largest = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3))
+    if plan.launch is not None:
+        plan.launch(query, key, value, query if seen is None else seen, output, entropy, lse, largest)
     return output, entropy, lse, largest
 
 
@@ -318,72 +317,140 @@ def backward(
     ``entropy`` and ``lse`` come from ``forward``, whose arguments the others are. The results have the shapes of query,
     key and value and lie in memory as (batch, tokens, heads, dim).
     """
-    value = _check(query, key, value, bias, mask, scale)
     if bias_grad:
         raise Unsupported("short sequences know no gradient of a bias")
-    query, key, value, output = (_last_contiguous(tensor) for tensor in (query, key, value, output))
-    batch, heads, queries, dim = query.shape
-    keys, value_dim = value.shape[-2:]
-    grad_query = _heads_inside(batch, heads, queries, dim, query)
-    grad_key = _heads_inside(batch, heads, keys, dim, query)
-    grad_value = _heads_inside(batch, heads, keys, value_dim, query)
-    nothing = query.new_empty(0)
-    if entropy.numel() == 0 or keys == 0 or (grad_output is None and grad_entropy is None):
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), nothing
-    settings, launch = _backward_settings(query.dtype, queries, keys, max(dim, value_dim))
-    dims = _dims(dim, value_dim)
-    partial = query.new_empty(0 if settings["ONCE"] else batch * heads * queries * dims["WIDTH"], dtype=torch.float32)
-    up = output if grad_output is None else _last_contiguous(grad_output)
+    if bias is not None:
+        raise Unsupported(WITHOUT_BIAS)
+    query, key, value = _rows_adjacent(query, key, value)
+    seen, output = _seen(mask, query, key), _adjacent(output)
+    up = output if grad_output is None else _adjacent(grad_output)
     bend = entropy if grad_entropy is None else grad_entropy
-    seen, strides = _mask_arguments(mask, query, keys)
-    _backward_kernel[(batch * heads,)](
-        up, bend, query, key, value, seen, output, entropy.contiguous(), lse.contiguous(),
-        grad_query, grad_key, grad_value, partial,
-        scale, heads, queries, keys, offset, step, window or 0,
-        *up.stride()[:3], *bend.stride(),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides, *output.stride()[:3],
-        *grad_query.stride()[:3], *grad_key.stride()[:3], *grad_value.stride()[:3],
-        OUTPUT=grad_output is not None, ENTROPY=grad_entropy is not None,
-        **dims, **settings, **_sight(mask, is_causal, window, query), **launch,
+    plan = _backward_plan(
+        query.device, layout(query), layout(key), layout(value), layout(seen), mask is not None and mask.shape[-2] == 1,
+        layout(up), layout(bend), layout(output), grad_output is not None, grad_entropy is not None,
+        scale, is_causal, window, offset, step,
     )  # fmt: skip
-    return grad_query, grad_key, grad_value, nothing
+    grads = [query.new_empty_strided(*shape_and_strides) for shape_and_strides in plan.outputs]
+    nothing = query.new_empty(0)
+    if plan.launch is None:
+        for grad in grads:
+            grad.zero_()
+    else:
+        partial = query.new_empty(plan.partial, dtype=torch.float32) if plan.partial else nothing
+        plan.launch(
+            up, bend, query, key, value, query if seen is None else seen, output, entropy.contiguous(),
+            lse.contiguous(), *grads, partial,
+        )  # fmt: skip
+    return grads[0], grads[1], grads[2], nothing
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+Placed = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What the forward allocates and launches for tensors laid out alike; no launch where there is nothing to do."""
+
+    output: Placed
+    launch: Launch | None
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The same of the backward; ``partial`` numbers of float32 in between."""
+
+    outputs: tuple[Placed, ...]
+    partial: int
+    launch: Launch | None
+
+
+@lru_cache(MOST_PLANS)
+def _forward_plan(
+    device: torch.device, query: Layout, key: Layout, value: Layout, seen: Layout | None, by_key: bool, scale: float,
+    is_causal: bool, window: int | None, offset: int, step: int,
+) -> _Forward:  # fmt: skip
+    _check(query, key, value, scale)
+    dtype, (batch, heads, queries, dim), _ = query
+    keys, value_dim = value[1][2:]
+    output = _heads_inside(batch, heads, queries, value_dim)
+    if batch * heads * queries == 0:
+        return _Forward(output, None)
+    settings, options = _forward_settings(dtype, queries, keys, max(dim, value_dim))
+    launch = Launch(
+        _forward_kernel, (batch * heads * settings["SPLIT"],), *[TENSOR] * 8,
+        scale, heads, queries, keys, offset, step, window or 0,
+        *query[2][:3], *key[2][:3], *value[2][:3], *_strides(seen), *output[1][:3],
+        **_dims(dim, value_dim), **settings, **_sight(seen, by_key, is_causal, window), **options,
+    )  # fmt: skip
+    return _Forward(output, launch)
+
+
+@lru_cache(MOST_PLANS)
+def _backward_plan(
+    device: torch.device, query: Layout, key: Layout, value: Layout, seen: Layout | None, by_key: bool, up: Layout,
+    bend: Layout, output: Layout, from_output: bool, from_entropy: bool, scale: float, is_causal: bool,
+    window: int | None, offset: int, step: int,
+) -> _Backward:  # fmt: skip
+    _check(query, key, value, scale)
+    dtype, (batch, heads, queries, dim), _ = query
+    keys, value_dim = value[1][2:]
+    outputs = tuple(_heads_inside(batch, heads, *size) for size in ((queries, dim), (keys, dim), (keys, value_dim)))
+    if batch * heads * queries * keys == 0 or not (from_output or from_entropy):
+        return _Backward(outputs, 0, None)
+    settings, options = _backward_settings(dtype, queries, keys, max(dim, value_dim))
+    dims = _dims(dim, value_dim)
+    strides = [stride for _, placed in outputs for stride in placed[:3]]
+    launch = Launch(
+        _backward_kernel, (batch * heads,), *[TENSOR] * 13, scale, heads, queries, keys, offset, step, window or 0,
+        *up[2][:3], *bend[2], *query[2][:3], *key[2][:3], *value[2][:3], *_strides(seen), *output[2][:3], *strides,
+        OUTPUT=from_output, ENTROPY=from_entropy, **dims, **settings,
+        **_sight(seen, by_key, is_causal, window), **options,
+    )  # fmt: skip
+    return _Backward(outputs, 0 if settings["ONCE"] else batch * heads * queries * dims["WIDTH"], launch)
 
 
 def unsupported(
     query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None
 ) -> str | None:
     """Why these kernels cannot take the arguments; None when they can."""
+    if bias is not None:
+        return WITHOUT_BIAS
+    return _refusal(layout(query), layout(key), layout(value))
+
+
+WITHOUT_BIAS = "short sequences take no additive mask"
+
+
+@lru_cache(MOST_PLANS)
+def _refusal(query: Layout, key: Layout, value: Layout | None) -> str | None:
     if value is None:
         return "short sequences need a value"
-    if bias is not None:
-        return "short sequences take no additive mask"
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"{query.dtype} is neither float16, bfloat16 nor float32"
-    if not query.dtype == key.dtype == value.dtype:
-        return f"query, key and value have different dtypes, {query.dtype}, {key.dtype} and {value.dtype}"
-    if query.shape[1] != key.shape[1]:
+    if query[0] not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{query[0]} is neither float16, bfloat16 nor float32"
+    if not query[0] == key[0] == value[0]:
+        return f"query, key and value have different dtypes, {query[0]}, {key[0]} and {value[0]}"
+    (_, heads, queries, dim), (_, key_heads, keys, _), value_dim = query[1], key[1], value[1][-1]
+    if heads != key_heads:
         return "heads share keys"
-    if max(query.shape[-2], key.shape[-2]) > MOST_TOKENS:
-        return f"there are more than {MOST_TOKENS} {'keys' if key.shape[-2] > MOST_TOKENS else 'queries'}"
-    if max(query.shape[-1], value.shape[-1]) > MOST_DIM:
+    if max(queries, keys) > MOST_TOKENS:
+        return f"there are more than {MOST_TOKENS} {'keys' if keys > MOST_TOKENS else 'queries'}"
+    if max(dim, value_dim) > MOST_DIM:
         return f"the head dim is above {MOST_DIM}"
-    dims = _dims(query.shape[-1], value.shape[-1])
-    keys = max(16, triton.next_power_of_2(key.shape[-2]))
-    if query.dtype == torch.float32 and 4 * keys * (dims["WIDTH"] + dims["VALUE_WIDTH"]) > MOST_BYTES:
+    dims = _dims(dim, value_dim)
+    most = max(16, triton.next_power_of_2(keys))
+    if query[0] == torch.float32 and 4 * most * (dims["WIDTH"] + dims["VALUE_WIDTH"]) > MOST_BYTES:
         return "keys and values in float32 do not fit the shared memory"
     return None
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
-    reason = unsupported(query, key, value, bias, mask)
+def _check(query: Layout, key: Layout, value: Layout, scale: float) -> None:
+    reason = _refusal(query, key, value)
     if reason is None and scale <= 0:
         reason = "the scale is not positive"
     if reason is not None:
         raise Unsupported(reason)
-    assert value is not None
-    return value
 
 
 def _forward_settings(dtype: torch.dtype, queries: int, keys: int, dim: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -428,23 +495,32 @@ def _dims(dim: int, value_dim: int) -> dict[str, int]:
     return {"DIM": dim, "WIDTH": width, "VALUE_DIM": value_dim, "VALUE_WIDTH": value_width}
 
 
-def _sight(mask: Tensor | None, is_causal: bool, window: int | None, query: Tensor) -> dict[str, Any]:
-    kind = "none" if mask is None else "keys" if mask.shape[-2] == 1 else "pairs"
-    # the interpreter, which runs on the CPU, multiplies the bits of bfloat16 as integers
-    return {"MASK": kind, "CAUSAL": is_causal, "WINDOW": window is not None, "WIDEN": not query.is_cuda}
+def _sight(seen: Layout | None, by_key: bool, is_causal: bool, window: int | None) -> dict[str, Any]:
+    kind = "none" if seen is None else "keys" if by_key else "pairs"
+    # the interpreter multiplies the bits of bfloat16 as integers
+    return {"MASK": kind, "CAUSAL": is_causal, "WINDOW": window is not None, "WIDEN": INTERPRETED}
 
 
-def _mask_arguments(mask: Tensor | None, query: Tensor, keys: int) -> tuple[Tensor, tuple[int, ...]]:
-    if mask is None:
-        return query, (0, 0, 0, 0)
-    seen = mask.view(torch.uint8).expand(*query.shape[:-1], keys)
-    return seen, seen.stride()
+def _seen(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """Visible keys as bytes, in the shape of the scores."""
+    return None if mask is None else mask.view(torch.uint8).expand(*query.shape[:-1], key.shape[-2])
 
 
-def _heads_inside(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> Tensor:
+def _strides(seen: Layout | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if seen is None else seen[2]
+
+
+def _heads_inside(batch: int, heads: int, tokens: int, dim: int) -> Placed:
     """Shape (batch, heads, tokens, dim), memory (batch, tokens, heads, dim): a later merge of heads is a view."""
-    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return (batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1)
 
 
-def _last_contiguous(tensor: Tensor) -> Tensor:
+def _rows_adjacent(query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if value is None:
+        raise Unsupported("short sequences need a value")
+    return _adjacent(query), _adjacent(key), _adjacent(value)
+
+
+def _adjacent(tensor: Tensor) -> Tensor:
+    """With the numbers of a row beside each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
