@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.kernels import operators
 from lightning_reg.kernels.operators import Unsupported, operator, unavailable, warn_once
 
 GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram matrix is the cheaper exact way
@@ -299,7 +300,11 @@ class _SpectralReparam(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
     ) -> Tensor:
-        scaled, sigmas = scaled_weight(weight, gain, u, v, transposed, dtype)
+        if _traced_with_kernels(weight, gain, u, v, dtype):
+            from lightning_reg.kernels.spectral_norm import compiled_scaled_weight as scale
+        else:
+            scale = scaled_weight
+        scaled, sigmas = scale(weight, gain, u, v, transposed, dtype)
         ctx.save_for_backward(weight, gain, u, v, sigmas)
         ctx.transposed = transposed
         return scaled
@@ -311,18 +316,23 @@ class _SpectralReparam(torch.autograd.Function):
             with _full_precision(weight):
                 sigmas = _sigmas(_parts(weight, gain, u, v, ctx.transposed))
             gradients = _gradients
+        elif _traced_with_kernels(weight, gain, u, v, grad.dtype):
+            from lightning_reg.kernels.spectral_norm import compiled_scaled_weight_gradients as gradients
         else:
             gradients = scaled_weight_gradients
         return *gradients(grad, weight, gain, u, v, sigmas, ctx.transposed), None, None, None, None
 
 
-@operator(
-    "spectral_norm.scaled_weight",
-    fake=lambda weight, gain, u, v, transposed, dtype: (
-        weight.new_empty(weight.shape, dtype=dtype),
-        u.new_empty(len(u), dtype=_exact_dtype(weight)),
-    ),
-)
+def _traced_with_kernels(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> bool:
+    """Whether code is being compiled whose kernels can be part of it."""
+    if not (torch.compiler.is_compiling() and weight.is_cuda and TRITON) or operators._off:
+        return False
+    from lightning_reg.kernels.spectral_norm import unsupported
+
+    return unsupported(weight, gain, u, v, dtype) is None
+
+
+@operator("spectral_norm.scaled_weight", inline=True)
 def scaled_weight(
     weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -353,10 +363,7 @@ def _gradients(
         return _as_weight(for_weight, weight, transposed, weight.dtype), of_gain.to(gain.dtype)
 
 
-scaled_weight_gradients = operator(
-    "spectral_norm.scaled_weight_gradients",
-    fake=lambda grad, weight, gain, *_: (weight.new_empty(weight.shape), gain.new_empty(gain.shape)),
-)(_gradients)
+scaled_weight_gradients = operator("spectral_norm.scaled_weight_gradients", inline=True)(_gradients)
 
 
 def _parts(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -386,11 +393,7 @@ def _matrices(weight: Tensor, parts: int, transposed: bool) -> tuple[Tensor, ...
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(_exact_dtype(tensor))
-
-
-def _exact_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager:
@@ -399,9 +402,9 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager:
 
 
 def _as_weight(matrices: list[Tensor], weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Inverse of ``_matrices``, contiguous, in ``dtype``."""
+    """Inverse of ``_matrices``, in ``dtype``."""
     joined = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
-    joined = joined.t().contiguous() if transposed else joined
+    joined = joined.t() if transposed else joined
     if joined.shape != weight.shape:
         joined = joined.reshape(weight.shape)
     return joined if joined.dtype == dtype else joined.to(dtype)

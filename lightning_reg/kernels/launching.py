@@ -5,7 +5,7 @@ On a slow host that look-up takes longer than the arithmetic of a small layer, a
 """
 
 import os
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -56,6 +56,10 @@ class Launch:
         kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 
 
+@overload
+def layout(tensor: Tensor) -> Layout: ...
+@overload
+def layout(tensor: Tensor | None) -> Layout | None: ...
 def layout(tensor: Tensor | None) -> Layout | None:
     """What a launch depends on, beside the device."""
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())

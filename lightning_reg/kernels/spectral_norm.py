@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from lightning_reg.kernels.launching import TENSOR, Launch
 from lightning_reg.kernels.operators import Unsupported, on_device
@@ -66,14 +67,15 @@ class _Plan:
         tiles = max(1, triton.cdiv(rows, height) * across)  # one program writes the scalars of an empty weight
         count = min(tiles, PARTIALS)
         leading, step = (columns * parts, columns) if transposed else (columns, rows * columns)
-        sizes = (rows, columns, leading, step, across)
-        tile: dict[str, Any] = {"BM": height, "BN": width, "num_warps": WARPS}
-        summed = tile | {"PARTIALS": triton.next_power_of_2(count)}
-        self.partials = parts * count
-        self.bilinear = Launch(_bilinear_kernel, (count, parts), *[TENSOR] * 4, *sizes, **tile)
-        self.scale = Launch(_scale_kernel, (tiles, parts), *[TENSOR] * 5, count, *sizes, **summed)
-        self.inner = Launch(_inner_kernel, (count, parts), *[TENSOR] * 3, *sizes, **tile)
-        self.gradient = Launch(_gradient_kernel, (tiles, parts), *[TENSOR] * 8, count, *sizes, **summed)
+        self.sizes = sizes = (rows, columns, leading, step, across)
+        self.tile: dict[str, Any] = {"BM": height, "BN": width, "num_warps": WARPS}
+        self.summed = self.tile | {"PARTIALS": triton.next_power_of_2(count)}
+        self.count, self.partials = count, parts * count
+        self.summing, self.scaling = (count, parts), (tiles, parts)  # grids
+        self.bilinear = Launch(_bilinear_kernel, self.summing, *[TENSOR] * 4, *sizes, **self.tile)
+        self.scale = Launch(_scale_kernel, self.scaling, *[TENSOR] * 5, count, *sizes, **self.summed)
+        self.inner = Launch(_inner_kernel, self.summing, *[TENSOR] * 3, *sizes, **self.tile)
+        self.gradient = Launch(_gradient_kernel, self.scaling, *[TENSOR] * 8, count, *sizes, **self.summed)
 
 
 _plans: dict[Any, _Plan] = {}
@@ -81,19 +83,26 @@ _plans: dict[Any, _Plan] = {}
 
 def _plan(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype) -> _Plan:
     """The plan for tensors of these shapes and dtypes; ``dtype`` is that of the weight in use or of its gradient."""
-    if not weight.is_contiguous():
-        raise Unsupported("the weight is not contiguous (`torch.channels_last`?)")
-    if not (gain.is_contiguous() and u.is_contiguous() and v.is_contiguous()):
-        raise Unsupported("the gain or the singular vectors are not contiguous")
-    key = u.shape, v.shape, transposed, weight.dtype, gain.dtype, u.dtype, v.dtype, dtype, weight.device
+    if reason := unsupported(weight, gain, u, v, dtype):
+        raise Unsupported(reason)
+    key = u.shape, v.shape, transposed, weight.dtype, gain.dtype, dtype, weight.device
     if (plan := _plans.get(key)) is None:
-        if weight.dtype not in _TYPES or gain.dtype not in _TYPES or dtype not in _TYPES:
-            raise Unsupported(f"the weight is {weight.dtype}, its gain {gain.dtype} and the weight in use {dtype}")
-        if u.dtype != torch.float32 or v.dtype != torch.float32:
-            raise Unsupported(f"the singular vectors are {u.dtype} and {v.dtype}, not float32")
         rows, columns = (v.shape[1], u.shape[1]) if transposed else (u.shape[1], v.shape[1])
         plan = _plans[key] = _Plan(rows, columns, len(u), transposed)
     return plan
+
+
+def unsupported(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take these; ``dtype`` is that of the weight in use or of its gradient."""
+    if weight.dtype not in _TYPES or gain.dtype not in _TYPES or dtype not in _TYPES:
+        return f"the weight is {weight.dtype}, its gain {gain.dtype} and the weight in use {dtype}"
+    if u.dtype != torch.float32 or v.dtype != torch.float32:
+        return f"the singular vectors are {u.dtype} and {v.dtype}, not float32"
+    if not weight.is_contiguous():
+        return "the weight is not contiguous (`torch.channels_last`?)"
+    if not (gain.is_contiguous() and u.is_contiguous() and v.is_contiguous()):
+        return "the gain or the singular vectors are not contiguous"
+    return None
 
 
 @triton.jit
@@ -172,6 +181,42 @@ def _gradient_kernel(
         tl.store(for_gain + part, dgain.to(for_gain.dtype.element_ty))
     dw = (g - a[:, None] * (b * dgain)[None, :]) * tl.div_rn(tl.load(gain + part).to(tl.float32), sigma)
     tl.store(for_weight + offsets, dw.to(for_weight.dtype.element_ty), mask=inside)
+
+
+# What compiled code calls: its launches become part of the compiled program, which costs less than to call an operator.
+# Below the kernels, which torch looks up here to know when compiled code is out of date.
+
+
+@triton_op("lightning_reg::compiled_scaled_weight", mutates_args=())
+def compiled_scaled_weight(
+    weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``scaled_weight`` in compiled code."""
+    plan = _plan(weight, gain, u, v, transposed, dtype)
+    scaled, sigmas = torch.empty_like(weight, dtype=dtype), torch.empty(len(u), dtype=u.dtype, device=u.device)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    wrap_triton(_bilinear_kernel)[plan.summing](weight, left, right, partials, *plan.sizes, **plan.tile)
+    wrap_triton(_scale_kernel)[plan.scaling](
+        weight, gain, partials, scaled, sigmas, plan.count, *plan.sizes, **plan.summed
+    )
+    return scaled, sigmas
+
+
+@triton_op("lightning_reg::compiled_scaled_weight_gradients", mutates_args=())
+def compiled_scaled_weight_gradients(
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """``scaled_weight_gradients`` in compiled code."""
+    plan, grad = _plan(weight, gain, u, v, transposed, grad.dtype), grad.contiguous()
+    for_weight, for_gain = torch.empty_like(weight), torch.empty_like(gain)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=weight.device)
+    left, right = (v, u) if transposed else (u, v)
+    wrap_triton(_inner_kernel)[plan.summing](grad, weight, partials, *plan.sizes, **plan.tile)
+    wrap_triton(_gradient_kernel)[plan.scaling](
+        grad, gain, left, right, partials, sigmas, for_weight, for_gain, plan.count, *plan.sizes, **plan.summed
+    )
+    return for_weight, for_gain
 
 
 # --- power iteration -------------------------------------------------------------------------------------------------
