@@ -86,7 +86,7 @@ def write_results(store: Store, folder: Path, tuning_seed: int, sparsity: float)
         lines += [*table(arms, before), "", "## Beside the paper", "", *paper_table(arms, before), ""]
         lines += ["## What was tried", "", *tried_table(records, tuning_seed), ""]
         lines += ["## What differs from the paper", "", *deviations(records, tuning_seed), ""]
-    lines += ["## Where the numbers come from", "", "- `python -m experiments.prosparse_lm`"]
+    lines += ["## Where the numbers come from", "", f"- `{command(records, tuning_seed)}`"]
     lines += [f"- {line}" for line in provenance(records)] if records else ["- no runs yet"]
     if arms:
         seeds = sorted({seed for arm in arms.values() for seed in arm.results})
@@ -111,6 +111,20 @@ def reported(records: Sequence[Record], tuning_seed: int) -> dict[str, Arm]:
         if shifted:
             arms[SHIFTED] = Arm(SHIFTED, base.strength, base.learning_rate, shifted)
     return {name: arms[name] for name in LABELS if name in arms}
+
+
+def command(records: Sequence[Record], tuning_seed: int) -> str:
+    """That makes such runs, with what the configuration may say otherwise by now."""
+    steps = sorted({r["result"]["steps"] for r in records if r["settings"]["arm"] != UNTRAINED})
+    grid = ", ".join(f"{arm}: [{rates(records, arm, tuning_seed)}]" for arm in ("silu", "relu"))
+    start = "python -m experiments.prosparse_lm"
+    return f"{start} steps={steps[0]} 'learning_rates={{{grid}}}'" if len(steps) == 1 else start
+
+
+def rates(records: Sequence[Record], arm: str, tuning_seed: int) -> str:
+    """Learning rates that an arm tried."""
+    tried = [r["settings"] for r in records if r["settings"]["seed"] == tuning_seed]
+    return ", ".join(f"{rate:g}" for rate in sorted({run["learning_rate"] for run in tried if run["arm"] == arm}))
 
 
 def introduction(records: Sequence[Record], tuning_seed: int, sparsity: float) -> list[str]:
@@ -327,11 +341,6 @@ def deviations(records: Sequence[Record], tuning_seed: int) -> list[str]:
         if thresholds else "not measured"
     )  # fmt: skip
 
-    def rates(arm: str) -> str:
-        tried = [r["settings"] for r in records if r["settings"]["seed"] == tuning_seed]
-        found = sorted({run["learning_rate"] for run in tried if run["arm"] == arm})
-        return ", ".join(f"{rate:g}" for rate in found) or "none"
-
     def at_edge(arm: str) -> str:
         tried = {r["settings"]["learning_rate"] for r in records if r["settings"]["arm"] == arm
                  and r["settings"]["seed"] == tuning_seed}  # fmt: skip
@@ -346,7 +355,8 @@ def deviations(records: Sequence[Record], tuning_seed: int) -> list[str]:
         "The L1 is a mean over tokens, width and layers, the paper's a sum. Its stages are those of the 7B model as "
         "shares of the training, their last weight searched; its constant weight too.",
         f"Threshold shift: {shift}; the paper's is 0.01 for all layers.",
-        f"AdamW; peak learning rate: the best of {rates('silu')} for SiLU, of {rates('relu')} for ReLU and the rest, "
+        f"AdamW; peak learning rate: the best of {rates(records, 'silu', tuning_seed) or 'none'} for SiLU, of "
+        f"{rates(records, 'relu', tuning_seed) or 'none'} for ReLU and the rest, "
         f"by validation loss of seed {tuning_seed} (SiLU's is {at_edge('silu')}, ReLU's {at_edge('relu')}); 5 % "
         f"warm-up, cosine to {facts['minimum']:g} of the peak, gradients clipped at norm {facts['gradient_clip']:g}, "
         f"{facts['precision']}.",

@@ -447,7 +447,7 @@ def _plot_kernels(rows: Lines, path: Path) -> Path:
                     place.plot(*zip(*points), marker="o", markersize=4, color=COLOURS[variant], label=label)
             place.set(xscale="log", yscale="log", xlabel="tokens", ylabel=name, title=f"causal, head dim {head_dim}")
             place.grid(alpha=0.3)
-        line[0].legend(frameon=False, fontsize=8)
+        line[0].legend(fontsize=8, framealpha=0.8)
     figure.savefig(path, dpi=130)
     return path
 

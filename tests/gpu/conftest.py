@@ -1,6 +1,7 @@
 """Which kernels ran, and compiled code of other tests out of the way."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     names: set[str] = set()
     choose = operators._launcher
 
-    def noting(kernel: str, args: tuple) -> object:
-        launch = choose(kernel, args)
+    def noting(kernel: str, *args: Any) -> object:
+        launch = choose(kernel, *args)
         if launch is not None:
             names.add(kernel)
         return launch
