@@ -436,6 +436,8 @@ class AttentionCall:
         enable_gqa: Share each key head among ``heads / key_heads`` query heads.
         scores: What enters a softmax; values at or below ``MASKED_BIAS`` are hidden keys. None for ``query``.
         dim: Axis of the keys in ``scores``.
+        largest: Largest ``|score|`` of each row over its visible keys, (batch, heads, queries), where the attention
+            found it on its way.
     """
 
     site: str
@@ -448,6 +450,7 @@ class AttentionCall:
     enable_gqa: bool = False
     scores: Tensor | None = None
     dim: int = -1
+    largest: Tensor | None = None
 
     def describe(self) -> tuple[str, str]:
         """Shape, and where it was caught."""
@@ -455,7 +458,8 @@ class AttentionCall:
             return str(tuple(self.scores.shape)), f"softmax over axis {self.dim}"
         assert self.query is not None
         assert self.key is not None
-        return f"{tuple(self.query.shape)} x {tuple(self.key.shape)}", "scaled_dot_product_attention"
+        where = "scaled_dot_product_attention" + ("" if self.largest is None else ", fused kernel")
+        return f"{tuple(self.query.shape)} x {tuple(self.key.shape)}", where
 
     def detach(self) -> "AttentionCall":
         """The same without gradient."""

@@ -25,7 +25,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_reg import capture
 from lightning_reg.functional._scores import MASKED_BIAS, sampled_rows, shift_of
-from lightning_reg.functional.attention_entropy import attention_path, attention_tap, entropy_tap, scores_tap
+from lightning_reg.functional.attention_entropy import (
+    attention_path,
+    attention_tap,
+    entropy_tap,
+    is_fused,
+    scores_tap,
+)
 
 if TYPE_CHECKING:
     from lightning_reg.callbacks.observer import Observer
@@ -377,10 +383,13 @@ class Engine:
         groups = list(_by_entropy(site.attention)) if awake else []
         if awake:
             query, key = capture.broadcast_leading(query, key, enable_gqa)
-            query = self._see_call(mode, site, query, key=key, attn_mask=attn_mask, **arguments)
+            query = self._see_call(mode, site, query, False, key=key, attn_mask=attn_mask, **arguments)
+        # an additive mask is no part of the scores that are sized
+        sized = awake and any(tap.awake and tap.regularizer.sizes for tap in site.scores)
+        in_one = sized and (attn_mask is None or attn_mask.dtype == torch.bool)
         valid = capture.visible_padding(query, key, attn_mask) if groups else None
         last = next((taps for taps in reversed(groups) if any(tap.live for tap in taps)), None)
-        output = None
+        output = largest = None
         for taps in groups:
             live = any(tap.live for tap in taps)
             if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
@@ -388,8 +397,8 @@ class Engine:
             top_k, fraction = taps[0].regularizer.top_k, taps[0].regularizer.query_fraction
             rows = None if fraction == 1 else sampled_rows(query.shape[-2], fraction, self.shift.to(query.device))
             if taps is last:
-                output, entropy, visible = attention_tap(
-                    query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k, rows=rows,
+                output, entropy, visible, largest = attention_tap(
+                    query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k, rows=rows, sized=in_one,
                     attention=capture.plain_attention, **arguments,
                 )  # fmt: skip
                 (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid, rows)
@@ -408,8 +417,12 @@ class Engine:
             if not torch.compiler.is_compiling() and not taps[0].shape:
                 for tap in taps:
                     tap.shape = f"{_sizes(query)} x {_sizes(key)}"
+        if output is None and in_one and is_fused(query, key, value, attn_mask, dropout_p):
+            output, *_, largest = attention_tap(query, key, value, attn_mask, sized=True, **arguments)
         if output is None:
             output = capture.plain_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **arguments)
+        if sized:
+            self._see_call(mode, site, query, True, key=key, attn_mask=attn_mask, largest=largest, **arguments)
         return output
 
     def observe_scores(self, site: capture.Site, scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
@@ -475,12 +488,23 @@ class Engine:
         (leaves[place],) = self._record(mode, tap, (leaves[place],), penalty, value)
         return tree_unflatten(leaves, structure)
 
-    def _see_call(self, mode: Mode, site: capture.Site, tensor: Tensor, **arguments: Any) -> Tensor:
-        """Show a whole attention to its taps; returns ``tensor``, its queries or scores."""
-        if not site.scores:
+    def _see_call(
+        self, mode: Mode, site: capture.Site, tensor: Tensor, sizes: bool | None = None, **arguments: Any
+    ) -> Tensor:
+        """Show a whole attention to its taps; returns ``tensor``, its queries or scores.
+
+        Args:
+            mode: That of the forward.
+            site: Where it is.
+            tensor: Queries or scores.
+            sizes: To taps that read no more than sizes, or to the others; to all when left out.
+            arguments: Of the call.
+        """
+        shown = [tap for tap in site.scores if sizes is None or tap.regularizer.sizes == sizes]
+        if not shown:
             return tensor
         call = capture.AttentionCall(site.name, self.sites[site.name][0], **{"query": tensor, **arguments})
-        for tap in site.scores:
+        for tap in shown:
             if tap.live:
                 penalty, value = tap.regularizer.see_scores(call, tap.mask)
                 (tensor,) = self._record(mode, tap, (tensor,), penalty, value)

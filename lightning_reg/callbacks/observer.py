@@ -23,6 +23,7 @@ class Observer:
     allow_unused = False
     penalizes = False
     per_site = False  # `see_attention` is told the site, as `site=`
+    sizes = False  # `see_scores` reads no more than the largest score of each row, without gradient
     awake = True  # the sites are shown to it at the current step; at the others it costs nothing
     strength = 0.0  # weight * schedule at the current step
     coefficient: Tensor  # strength / number of calls, for repeated forwards

@@ -78,8 +78,9 @@ class QKClip(Observer, Callback):
     Measures the largest ``|logit|`` of each head over all forwards of an optimizer step, exactly and over all
     processes, and after the step multiplies weights and biases of queries and keys of the heads that exceed it, so that
     the same batch would reach the threshold. Heads below it keep their bits. Nothing is added to the model, and nothing
-    waits for the device. The bias of a float mask (ALiBi, T5) is no part of what is measured, unless the model computes
-    its own softmax, where the two cannot be told apart.
+    waits for the device. On a GPU, without dropout or a float mask, attention is computed by the kernel that gives the
+    largest logits with its output. The bias of a float mask (ALiBi, T5) is no part of what is measured, unless the
+    model computes its own softmax, where the two cannot be told apart.
 
     With several optimizers (manual optimization) an attention is clipped after the step of the one that trains its
     query weights. Optimizers that keep copies of the weights in another precision undo it.
@@ -101,6 +102,7 @@ class QKClip(Observer, Callback):
     """
 
     role = "attention_scores"
+    sizes = True
     _model: nn.Module | None
     _layers: list[_Layer]
     _of_site: dict[str, int]  # layer by name of the module that computes attention
@@ -379,7 +381,9 @@ class QKClip(Observer, Callback):
 
 def _largest_by_head(call: AttentionCall, attention: Attention) -> Tensor:
     """Largest ``|logit|`` of each head, (heads,), over batch, keys and queries that are no padding."""
-    if call.scores is not None:
+    if call.largest is not None:
+        rows = call.largest
+    elif call.scores is not None:
         rows = max_attention_logit_from_scores(call.scores, dim=call.dim)
     else:
         assert call.query is not None

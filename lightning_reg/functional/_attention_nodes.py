@@ -159,20 +159,24 @@ class KernelAttention(torch.autograd.Function):
         is_causal: bool,
         window: int | None,
         offset: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output (B, H, M, value dim) and the entropy (B, H, M)."""
-        output, entropy, lse, _ = attend(
-            query, key, value, bias, mask, scale, is_causal, window, offset, 1
+        sized: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output (B, H, M, value dim), the entropy (B, H, M) and, if ``sized``, the largest ``|score|``."""
+        output, entropy, lse, largest = attend(
+            query, key, value, bias, mask, scale, is_causal, window, offset, 1, sized
         )  # fmt: skip
         ctx.save_for_backward(query, key, value, bias, mask, output, entropy, lse)
         ctx.arguments = (scale, is_causal, window, offset)
         ctx.set_materialize_grads(False)
-        return output, entropy
+        ctx.mark_non_differentiable(largest)
+        return output, entropy, largest
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_entropy: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         """Join the gradients of output and entropy at the scores."""
-        return (*_kernel_gradients(ctx, grad_output, grad_entropy), *(None,) * 6)
+        return (*_kernel_gradients(ctx, grad_output, grad_entropy), *(None,) * 7)
 
 
 class KernelEntropy(torch.autograd.Function):
@@ -192,7 +196,7 @@ class KernelEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and the entropy (B, H, M)."""
         output, entropy, lse, _ = attend(
-            query, key, None, bias, mask, scale, is_causal, window, offset, 1
+            query, key, None, bias, mask, scale, is_causal, window, offset, 1, False
         )  # fmt: skip
         ctx.save_for_backward(query, key, None, bias, mask, output, entropy, lse)
         ctx.arguments = (scale, is_causal, window, offset)
@@ -241,10 +245,11 @@ def _fake_attend(
     window: int | None,
     offset: int,
     step: int,
+    sized: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = query.new_empty(query.shape[:3], dtype=exact_dtype(query))
     output = _token_major(query, None if value is None else value.shape[-1])
-    return output, rows, torch.empty_like(rows), torch.empty_like(rows)
+    return output, rows, torch.empty_like(rows), rows.new_empty(rows.shape if sized else 0)
 
 
 def _token_major(tensor: Tensor, width: int | None) -> Tensor:
@@ -267,21 +272,23 @@ def attend(
     window: int | None,
     offset: int,
     step: int,
+    sized: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output (B, H, M, value dim), or (0,) without values; entropy, log of the sum of exponentials, largest score.
+    """Output (B, H, M, value dim), entropy, log of the sum of exponentials, largest ``|score|``.
 
-    Rows that see no key have output, entropy and logarithm 0, and the largest score -inf. Query i is at
+    The first is (0,) without values, the last unless ``sized``. Rows that see no key have 0 of all. Query i is at
     ``offset + step * i``.
     """
     arguments = (scale, is_causal, window, offset, step)
-    output, entropy, lse, largest = _fake_attend(query, key, value, bias, mask, *arguments)
+    output, entropy, lse, largest = _fake_attend(query, key, value, bias, mask, *arguments, sized)
     scores = _placed(query, key, bias, mask, *arguments)
     with full_precision(query):
         for block, q, k in scores.blocks():
             v = None if value is None else upcast(value[block[0]])
             parts = _attended(scores, block, q, k, v)
-            for whole, part in zip((entropy, lse, largest, output), parts, strict=False):
-                cut(whole, block).copy_(part)
+            for whole, part in zip((entropy, lse, largest if sized else None, output), parts, strict=True):
+                if whole is not None and part is not None:
+                    cut(whole, block).copy_(part)
     return output, entropy, lse, largest
 
 
@@ -332,9 +339,12 @@ def _placed(
     return Scores(query, key, bias, mask, scale, is_causal, None, window, positions)
 
 
-def _attended(scores: Scores, block: Block, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
-    """Entropy, log of the sum of exponentials, largest score and, with values, the output of a block."""
+def _attended(
+    scores: Scores, block: Block, q: Tensor, k: Tensor, v: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Entropy, log of the sum of exponentials, largest ``|score|`` and, with values, the output of a block."""
     logits, hidden = scores.logits(block, q, k)
+    shown = logits if hidden is None else logits.masked_fill(hidden, 0.0)
     if hidden is not None:
         logits = logits.masked_fill(hidden, HIDDEN_SCORE)
     probs, log_probs = probs_of(logits, -1, None)
@@ -344,10 +354,9 @@ def _attended(scores: Scores, block: Block, q: Tensor, k: Tensor, v: Tensor | No
     probs = probs * seen.unsqueeze(-1)
     entropy = 0 - (probs * log_probs).sum(-1)
     lse = torch.logsumexp(logits, -1).masked_fill(~seen, 0.0)
-    largest = logits.amax(-1) if k.shape[2] else torch.zeros_like(lse)
-    largest = largest.masked_fill(~seen, -torch.inf)
+    largest = shown.abs().amax(-1) if k.shape[2] else torch.zeros_like(lse)
     if v is None:
-        return entropy, lse, largest
+        return entropy, lse, largest, None
     rows = probs.reshape(*v.shape[:2], -1, v.shape[2])
     return entropy, lse, largest, (rows @ v).reshape(*probs.shape[:3], v.shape[-1])
 
@@ -375,8 +384,8 @@ def _torch_gradients(
         scores = _placed(inputs[0], inputs[1], bias, mask, scale, is_causal, window, offset)
         for block, q, k in scores.blocks():
             v = None if value is None else upcast(inputs[2][block[0]])
-            entropy, _, _, *output = _attended(scores, block, q, k, v)
-            pairs = [(entropy, grad_entropy), *((part, grad_output) for part in output)]
+            entropy, _, _, output = _attended(scores, block, q, k, v)
+            pairs = [(entropy, grad_entropy)] if output is None else [(entropy, grad_entropy), (output, grad_output)]
             # not a sum of products: what comes from above may depend on the inputs itself
             ends, upstream = zip(*((part, cut(grad, block)) for part, grad in pairs if grad is not None), strict=True)
             parts = torch.autograd.grad(

@@ -212,7 +212,7 @@ def attention_with_entropy(
         >>> attention_with_entropy(query, key, torch.eye(2)[None, None])
         (tensor([[[[0.5000, 0.5000]]]]), tensor([[[0.6931]]]))
     """
-    output, entropy, visible = attention_tap(
+    output, entropy, visible, _ = attention_tap(
         query, key, value, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, window=window,
         query_offset=query_offset,
     )  # fmt: skip
@@ -233,8 +233,9 @@ def attention_tap(
     window: int | None = None,
     query_offset: int = 0,
     rows: Tensor | None = None,
+    sized: bool = False,
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
-) -> tuple[Tensor, Tensor, Tensor | int]:
+) -> tuple[Tensor, Tensor, Tensor | int, Tensor | None]:
     """Attention and the entropy of its rows before dropout, whichever way is cheapest.
 
     Small attention on a CPU is computed here, in one node, and attention without dropout on a GPU in one kernel; any
@@ -242,7 +243,9 @@ def attention_tap(
     of these queries is returned: where one node gives all, that costs less than to look at a part beside it.
 
     Returns:
-        ``(output, entropy, visible)``, as torch's attention and as ``entropy_tap`` return them.
+        ``(output, entropy, visible, largest)``, as torch's attention and as ``entropy_tap`` return them; with ``sized``
+        the largest ``|score|`` of each row over its visible keys, (batch, heads, queries), where the kernel that
+        computes the output gives it at no extra pass, else None.
     """
     _check_query_key(query, key, attn_mask, enable_gqa)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -250,14 +253,17 @@ def attention_tap(
     path = attention_path(query, key, value, attn_mask, dropout_p, is_causal, top_k, window, query_offset)
     if path == ONE_NODE:
         output, entropy = SmallAttention.apply(query, key, value, scale, is_causal)
-        return output, *_select(rows, entropy, _visible_to_queries(query, key, None, is_causal, None))
+        return output, *_select(rows, entropy, _visible_to_queries(query, key, None, is_causal, None)), None
     if path == FUSED:
         q, k, v, bias, mask = _four_axes(query, key, value, attn_mask)
-        output, entropy = KernelAttention.apply(q, k, v, bias, mask, scale, is_causal, window, query_offset)
+        output, entropy, largest = KernelAttention.apply(
+            q, k, v, bias, mask, scale, is_causal, window, query_offset, sized
+        )
         places = _places(query, query_offset) if query_offset else None
         visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, places)
         lead = query.shape[:-1]
-        return output.reshape(*lead, value.shape[-1]), *_select(rows, entropy.reshape(lead), visible)
+        largest = largest.reshape(lead) if sized else None
+        return output.reshape(*lead, value.shape[-1]), *_select(rows, entropy.reshape(lead), visible), largest
     query, key, attn_mask, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k, window=window,
         query_offset=query_offset, rows=rows,
@@ -269,7 +275,17 @@ def attention_tap(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
         enable_gqa=enable_gqa,
     )  # fmt: skip
-    return output, entropy, visible
+    return output, entropy, visible, None
+
+
+def is_fused(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0
+) -> bool:
+    """Whether ``attention_tap`` computes this in one kernel, whose output and largest scores cost one pass."""
+    if dropout_p or kernels.unavailable(query) is not None:
+        return False
+    query, key, value = _as_attention_casts(query, key, value)
+    return _no_kernel(query, key, value, attn_mask, None) is None
 
 
 def _select(rows: Tensor | None, entropy: Tensor, visible: Tensor | int) -> tuple[Tensor, Tensor | int]:

@@ -18,8 +18,9 @@ Default and why
     100: Kimi K2's, with which 12.7 % of its heads were clipped in the first 70k steps and none later. Healthy heads
     rarely need more. alpha 0.5 shrinks both sides alike.
 Cost
-    The maximum needs the logits once, a matrix product in blocks; the factors one product over the weights. One
-    reduction over processes for all heads together.
+    On a GPU the kernel that computes the attention gives its maximum too, at no pass of its own; elsewhere, and beside
+    dropout, the maximum needs the logits once, a matrix product in blocks. The factors are one product over the
+    weights. One reduction over processes for all heads together.
 When it hurts
     A low threshold flattens heads that must point. Heads that share keys are clipped with their worst neighbour. The
     bound holds for the batch that was measured, before the step of the same gradient. A maximum that is not finite

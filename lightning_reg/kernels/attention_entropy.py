@@ -10,7 +10,7 @@ from lightning_reg.kernels import long_attention, short_attention
 def forward(
     query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, entropy, log-sum-exp and largest score; arguments as in ``long_attention.forward``."""
+    """Output, entropy, log-sum-exp and, if asked for, largest magnitude; arguments as in ``long_attention.forward``."""
     short = short_attention.unsupported(query, key, value, bias, mask) is None
     return (short_attention if short else long_attention).forward(query, key, value, bias, mask, *arguments)
 

@@ -65,6 +65,7 @@ def forward(
     window: int | None,
     offset: int,
     step: int,
+    sized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention and the statistics of its rows.
 
@@ -79,26 +80,28 @@ def forward(
         window: Distance from which on keys are hidden, before the position if causal, else on both sides.
         offset: Position of the first query.
         step: Distance between two queries.
+        sized: Give the largest magnitude of the scores of each row, bias included.
 
     Returns:
         Output (B, H, M, V) in the dtype of ``query``, in memory (B, M, H, V), or (0,) without ``value``; entropy in
-        nats, log-sum-exp in nats and largest score, each (B, H, M) in float32. A row that sees no key has output,
-        entropy and log-sum-exp 0 and largest score -inf.
+        nats, log-sum-exp in nats and largest magnitude, each (B, H, M) in float32, the last (0,) unless ``sized``. All
+        are 0 in a row that sees no key.
     """
     _check(query, key, value, bias, mask, scale)
     batch, heads, rows, dim = query.shape
     keys, columns = key.shape[2], dim if value is None else value.shape[3]
-    entropy, lse, largest = (query.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(3))
+    entropy, lse = (query.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2))
+    largest = torch.empty_like(entropy) if sized else query.new_empty(0, dtype=torch.float32)
     output = query.new_empty(0) if value is None else _empty(query, heads, rows, columns)
     if entropy.numel() == 0 or keys == 0:
-        return output.zero_(), entropy.zero_(), lse.zero_(), largest.fill_(-math.inf)
+        return output.zero_(), entropy.zero_(), lse.zero_(), largest.zero_()
     block_m, block_n, *_ = _blocks("forward", query.dtype, dim, columns, query.device)
     tensors = (query, key, value, None if value is None else output)
     described, plain, tiles = _tiles(tensors, (block_m, block_n, block_n, block_m))
     bias, mask = _table(bias), _table(mask)
     launch = _forward_launch(
         query.device, described, tuple(map(layout, plain)), layout(bias), layout(mask), scale, is_causal, window,
-        offset, step,
+        offset, step, sized,
     )  # fmt: skip
     launch(*_given(*tiles, entropy, lse, largest, bias, mask))
     return output, entropy, lse, largest
@@ -176,7 +179,7 @@ def backward(
 @lru_cache(MOST_PLANS)
 def _forward_launch(
     device: torch.device, described: bool, tiles: tuple[Layout | None, ...], bias: Layout | None, mask: Layout | None,
-    scale: float, is_causal: bool, window: int | None, offset: int, step: int,
+    scale: float, is_causal: bool, window: int | None, offset: int, step: int, sized: bool,
 ) -> Launch:  # fmt: skip
     query, key, value, _ = tiles
     dtype, (batch, heads, rows, dim), _ = query  # type: ignore[misc]
@@ -192,7 +195,7 @@ def _forward_launch(
         scale * LOG2E.value, offset, step, left, right,
         D=dim, V=columns, DP=_padded(dim), VP=_padded(columns), BLOCK_M=block_m, BLOCK_N=block_n,
         HAS_VALUE=value is not None, LEFT=has_left, RIGHT=has_right, TMA=described, PRECISION=_precision(dtype),
-        num_warps=warps, num_stages=stages,
+        SIZED=sized, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -534,13 +537,13 @@ def _row_range(
 
 @triton.jit
 def _forward_over_keys(
-    begin, end, tile, largest, total, moment, gathered,
+    begin, end, tile, largest, total, moment, gathered, size,
     k, k_b, k_h, k_r, v, v_b, v_h, v_r, batch, key_head, row, rows, keys, scale,
     bias, bias_r, bias_k, BIAS_FULL: tl.constexpr, mask, mask_r, mask_k, MASK_FULL: tl.constexpr,
     offset, step, left, right,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_VALUE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Take in keys ``[begin, end)``: ``total`` = sum exp(s - m), ``moment`` = sum (s - m) exp(s - m)."""
     for start in range(begin, end, BLOCK_N):
@@ -554,9 +557,13 @@ def _forward_over_keys(
                 offset, step, left, right, LEFT, RIGHT, EDGE, False,
             )  # fmt: skip
             above = tl.maximum(largest, tl.max(scores, 1))
+            if SIZED:
+                size = tl.maximum(size, tl.max(tl.where(scores > SEEN, tl.abs(scores), 0.0), 1))
             scores = scores - above[:, None]
         else:
             above = tl.maximum(largest, tl.max(products, 1) * scale)
+            if SIZED:
+                size = tl.maximum(size, tl.max(tl.abs(products), 1) * scale)
             scores = products * scale - above[:, None]
         probs = tl.exp2(scores)
         rescale = tl.exp2(largest - above)
@@ -567,19 +574,20 @@ def _forward_over_keys(
             gathered = gathered * rescale[:, None]
             values = _load_tile(v, v_b, v_h, v_r, batch, key_head, start, keys, V, VP, BLOCK_N, TMA)
             gathered = _dot(probs.to(values.dtype), values, gathered, PRECISION)
-    return largest, total, moment, gathered
+    return largest, total, moment, gathered, size
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "blocks", "group", "offset", "left", "right"])
 def _attention_entropy_forward_kernel(
     q, q_b, q_h, q_r, k, k_b, k_h, k_r, v, v_b, v_h, v_r, output, o_b, o_h, o_r,
-    entropy, lse, largest_score,
+    entropy, lse, largest_size,
     bias, bias_b, bias_h, bias_r, bias_k, BIAS_FULL: tl.constexpr,
     mask, mask_b, mask_h, mask_r, mask_k, MASK_FULL: tl.constexpr,
     sets, heads, repeats, rows, keys, blocks, group, scale, offset, step, left, right,
     D: tl.constexpr, V: tl.constexpr, DP: tl.constexpr, VP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_VALUE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SIZED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys it sees."""
     block, place = _place(sets, blocks, group, True)
@@ -595,27 +603,29 @@ def _attention_entropy_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     moment = tl.zeros([BLOCK_M], tl.float32)
     gathered = tl.zeros([BLOCK_M, VP], tl.float32)
+    size = tl.zeros([BLOCK_M], tl.float32)
     begin, full_begin, full_end, end = _key_range(
         first, rows, keys, offset, step, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT
     )
     for part in tl.static_range(0, 3):
         if LEFT or part > 0:
-            largest, total, moment, gathered = _forward_over_keys(
+            largest, total, moment, gathered, size = _forward_over_keys(
                 begin if part == 0 else full_begin if part == 1 else full_end,
                 full_begin if part == 0 else full_end if part == 1 else end,
-                tile, largest, total, moment, gathered,
+                tile, largest, total, moment, gathered, size,
                 k, k_b, k_h, k_r, v, v_b, v_h, v_r, batch, head // repeats, row, rows, keys, scale,
                 bias, bias_r, bias_k, BIAS_FULL, mask, mask_r, mask_k, MASK_FULL,
                 offset, step, left, right,
-                D, V, DP, VP, BLOCK_N, HAS_VALUE, LEFT, RIGHT, part != 1, TMA, PRECISION,
+                D, V, DP, VP, BLOCK_N, HAS_VALUE, LEFT, RIGHT, part != 1, TMA, PRECISION, SIZED,
             )  # fmt: skip
     largest = tl.where(total == total, largest, total)  # a maximum passes over NaN, a sum does not
     seen = (largest > SEEN) | (total != total)
-    total = tl.where(seen, total, 1.0)
     at = place.to(tl.int64) * rows + row
+    if SIZED:
+        tl.store(largest_size + at, tl.where(total == total, size * LN2, total), mask=row < rows)
+    total = tl.where(seen, total, 1.0)
     tl.store(entropy + at, tl.where(seen, (tl.log2(total) - moment / total) * LN2, 0.0), mask=row < rows)
     tl.store(lse + at, tl.where(seen, (tl.log2(total) + largest) * LN2, 0.0), mask=row < rows)
-    tl.store(largest_score + at, tl.where(seen, largest * LN2, -float("inf")), mask=row < rows)
     if HAS_VALUE:
         gathered = tl.where(seen[:, None], gathered / total[:, None], 0.0)
         if TMA:

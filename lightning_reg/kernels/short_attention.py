@@ -38,7 +38,7 @@ def _forward_kernel(
     mask_b, mask_h, mask_m, mask_n, output_b, output_h, output_m,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = (program // SPLIT).to(tl.int64)
@@ -66,7 +66,7 @@ def _forward_kernel(
         _attend(
             query, key_tiles, value_tiles, mask, output, entropy, lse, largest,
             first, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, ROWS, PIECES, FULL, MASK, CAUSAL, WINDOW, WIDEN,
+            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, ROWS, PIECES, FULL, MASK, CAUSAL, WINDOW, WIDEN, SIZED,
         )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def _attend(
     first, scale, queries, keys, offset, step, window, query_m, mask_m, mask_n, output_m,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDEN: tl.constexpr, SIZED: tl.constexpr,
 ):  # fmt: skip
     """Output and row statistics of ``ROWS`` queries."""
     rows = first + tl.arange(0, ROWS)
@@ -105,13 +105,18 @@ def _attend(
         total += tl.sum(weights, 1)
         weighted += tl.sum(weights * exponents, 1)
         result = tl.dot(weights.to(value_tiles[i].dtype), value_tiles[i], acc=result, input_precision="ieee")
+    inside = rows < queries
+    if SIZED:
+        size = tl.zeros([ROWS], tl.float32)
+        for i in tl.static_range(len(PIECES)):
+            size = tl.maximum(size, tl.max(tl.where(scores[i] > SEEN, tl.abs(scores[i]), 0.0), 1))
+        # a maximum passes over NaN, a sum does not
+        tl.store(largest + rows, tl.where(total == total, size * scale, total), mask=inside)
     total = tl.where(total == 0, 1.0, total)
     bits = tl.log2(total)
-    inside = rows < queries
     _store_rows(output, result / total[:, None], first, queries, output_m, ROWS, VALUE_DIM, VALUE_WIDTH)
     tl.store(entropy + rows, (bits - weighted / total) * LN2, mask=inside)
     tl.store(lse + rows, (shift + bits) * LN2, mask=inside)
-    tl.store(largest + rows, tl.where(most > SEEN, most * scale, float("-inf")), mask=inside)
 
 
 @triton.jit
@@ -258,8 +263,9 @@ def forward(
     window: int | None,
     offset: int,
     step: int,
+    sized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention output, and of each row the entropy, log-sum-exp and largest scaled score.
+    """Attention output, and of each row the entropy, log-sum-exp and the largest magnitude of its scaled scores.
 
     Args:
         query: (batch, heads, queries, dim).
@@ -272,10 +278,12 @@ def forward(
         window: Sees only keys less than so far from where it stands.
         offset: Where the first query stands.
         step: From one query to the next.
+        sized: Give the largest magnitudes.
 
     Returns:
         Output (batch, heads, queries, value_dim), in memory (batch, queries, heads, value_dim); entropy in nats,
-        log-sum-exp and largest score, float32 (batch, heads, queries). Rows that see no key: 0, 0, 0 and -inf.
+        log-sum-exp and, if ``sized``, largest magnitude, else (0,); float32 (batch, heads, queries). All are 0 in rows
+        that see no key.
     """
     if bias is not None:
         raise Unsupported(WITHOUT_BIAS)
@@ -283,10 +291,11 @@ def forward(
     seen = _seen(mask, query, key)
     plan = _forward_plan(
         query.device, layout(query), layout(key), layout(value), layout(seen), mask is not None and mask.shape[-2] == 1,
-        scale, is_causal, window, offset, step,
+        scale, is_causal, window, offset, step, sized,
     )  # fmt: skip
     output = query.new_empty_strided(*plan.output)
-    entropy, lse, largest = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(3))
+    entropy, lse = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
+    largest = torch.empty_like(entropy) if sized else query.new_empty(0, dtype=torch.float32)
     if plan.launch is not None:
         plan.launch(query, key, value, query if seen is None else seen, output, entropy, lse, largest)
     return output, entropy, lse, largest
@@ -369,7 +378,7 @@ class _Backward:
 @lru_cache(MOST_PLANS)
 def _forward_plan(
     device: torch.device, query: Layout, key: Layout, value: Layout, seen: Layout | None, by_key: bool, scale: float,
-    is_causal: bool, window: int | None, offset: int, step: int,
+    is_causal: bool, window: int | None, offset: int, step: int, sized: bool,
 ) -> _Forward:  # fmt: skip
     _check(query, key, value, scale)
     dtype, (batch, heads, queries, dim), _ = query
@@ -382,7 +391,7 @@ def _forward_plan(
         _forward_kernel, (batch * heads * settings["SPLIT"],), *[TENSOR] * 8,
         scale, heads, queries, keys, offset, step, window or 0,
         *query[2][:3], *key[2][:3], *value[2][:3], *_strides(seen), *output[1][:3],
-        **_dims(dim, value_dim), **settings, **_sight(seen, by_key, is_causal, window), **options,
+        **_dims(dim, value_dim), **settings, **_sight(seen, by_key, is_causal, window), SIZED=sized, **options,
     )  # fmt: skip
     return _Forward(output, launch)
 

@@ -58,7 +58,9 @@ def test_ways_equal_the_materialised_softmax(way: str, causal: bool, window: int
     mask[1, 0, 2] = False  # a row that sees nothing
     expected, expected_entropy = materialised(q, k, v, 0.4, shown & mask)
     if way == "kernel attention":
-        output, entropy = nodes.KernelAttention.apply(q, k, v, None, mask, 0.4, causal, window, offset)
+        output, entropy, largest = nodes.KernelAttention.apply(q, k, v, None, mask, 0.4, causal, window, offset, True)
+        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * 0.4
+        torch.testing.assert_close(largest, scores.masked_fill(~(shown & mask), 0.0).abs().amax(-1))
         torch.testing.assert_close(output, expected)
     elif way == "kernel entropy":
         *_, entropy = nodes.KernelEntropy.apply(q, k, None, mask, 0.4, causal, window, offset)
@@ -85,7 +87,7 @@ def test_second_derivatives_of_a_function_of_the_entropy() -> None:
         total = entropy.square().sum() + output.pow(3).sum()
         return sum(grad.square().sum() for grad in torch.autograd.grad(total, (q, k), create_graph=True))
 
-    ours = penalty(*nodes.KernelAttention.apply(q, k, v, None, None, 0.5, False, None, 0))
+    ours = penalty(*nodes.KernelAttention.apply(q, k, v, None, None, 0.5, False, None, 0, False)[:2])
     theirs = penalty(*materialised(q, k, v, 0.5, shown))
     torch.testing.assert_close(ours, theirs)
     for mine, right in zip(torch.autograd.grad(ours, (q, k, v)), torch.autograd.grad(theirs, (q, k, v)), strict=True):
@@ -99,7 +101,7 @@ def test_second_derivatives_of_kernel_nodes(node: str) -> None:
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
         if node == "attention":
-            return nodes.KernelAttention.apply(*inputs, None, None, 0.5, True, None, 0)
+            return nodes.KernelAttention.apply(*inputs, None, None, 0.5, True, None, 0, False)[:2]
         return nodes.KernelEntropy.apply(*inputs, None, None, 0.5, True, None, 0)
 
     inputs = (q, k, v) if node == "attention" else (q, k)

@@ -75,6 +75,7 @@ def attention(
     shown = torch.rand(batch, 1, rows if mask == "pairs" else 1, keys) < 0.9 if mask in ("keys", "pairs") else None
     bias = torch.randn(1, heads, rows, keys) if mask == "bias" else None
     band = (dim**-0.5, causal, window, 0, 1)
+    module.forward(q, k, v if value else None, bias, shown, *band, True)
     output, entropy, lse, _ = module.forward(q, k, v if value else None, bias, shown, *band)
     up = torch.randn_like(output) if value else None
     module.backward(

@@ -44,7 +44,7 @@ def visible(query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None
 def reference(
     query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None, mask: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Output, entropy, log-sum-exp and largest score in the dtype of ``query``, from the whole matrix."""
+    """Output, entropy, log-sum-exp and largest magnitude in the dtype of ``query``, from the whole matrix."""
     repeats = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(repeats, 1).mT * options["scale"]
     scores = scores if bias is None else scores + bias.to(scores.dtype)
@@ -55,9 +55,9 @@ def reference(
     probs = torch.where(shown, log_probs.exp(), 0.0)
     entropy = -(probs * torch.where(shown, log_probs, 0.0)).sum(-1)
     output = None if value is None else probs @ value.repeat_interleave(repeats, 1)
-    largest = torch.full_like(lse, -math.inf)
+    largest = torch.zeros_like(lse)
     if key.shape[2]:
-        largest = scores.masked_fill(~shown, -math.inf).amax(-1)
+        largest = scores.masked_fill(~shown, 0.0).abs().amax(-1)
     return output, entropy, lse, largest
 
 
@@ -77,9 +77,9 @@ def run(
     mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What the kernels give: output, entropy, log-sum-exp and largest score; gradients of query, key and value."""
+    """What the kernels give: output, entropy, log-sum-exp and largest magnitude; gradients of query, key and value."""
     chosen = tuple(settings(query, **options).values())
-    results = long_attention.forward(query, key, value, bias, mask, *chosen)
+    results = long_attention.forward(query, key, value, bias, mask, *chosen, True)
     *gradients, none = long_attention.backward(
         grad_output, grad_entropy, query, key, value, bias, mask, *results[:3], *chosen, True, False
     )
@@ -215,14 +215,31 @@ def test_every_usual_fill_of_a_bias_hides(hiding: float, device: str) -> None:
     check(run(*given, bias=bias), expected(*given, mask=shown), 1e-5)
 
 
+def test_sizes_are_given_only_when_asked_for(device: str) -> None:
+    query, key, value, *_ = tensors(device, rows=33, keys=40)
+    chosen = settings(query, is_causal=True).values()
+    *asked, largest = long_attention.forward(query, key, value, None, None, *chosen, True)
+    *others, nothing = long_attention.forward(query, key, value, None, None, *chosen)
+    assert nothing.shape == (0,)
+    assert largest.shape == query.shape[:3]
+    assert all(torch.equal(a, b) for a, b in zip(asked, others, strict=True))
+
+
+def test_the_size_of_a_row_with_nan_is_nan(device: str) -> None:
+    query, key, value, *_ = tensors(device, rows=20, keys=40)
+    key[0, 0, 17] = math.nan
+    *_, largest = long_attention.forward(query, key, value, None, None, *settings(query).values(), True)
+    assert largest[0, 0].isnan().all()
+    assert largest[1:].isfinite().all()
+
+
 def test_rows_that_see_nothing_are_zero(device: str) -> None:
     given = tensors(device, rows=33, keys=40)
     mask = torch.rand(1, 1, 33, 40, device=device) > 0.5
     mask[:, :, ::4] = False
     (output, entropy, lse, largest), gradients = run(*given, mask=mask)
-    for found in (output, entropy, lse, gradients[0]):
+    for found in (output, entropy, lse, largest, gradients[0]):
         assert (found[:, :, ::4] == 0).all()
-    assert (largest[:, :, ::4] == -math.inf).all()
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 

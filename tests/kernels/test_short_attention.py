@@ -34,7 +34,7 @@ def options(query: Tensor, **changes: Any) -> dict[str, Any]:
 def reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, chosen: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, entropy, log-sum-exp and largest score from the whole matrix."""
+    """Output, entropy, log-sum-exp and largest magnitude from the whole matrix."""
     scores = query @ key.mT * chosen["scale"]
     position = chosen["offset"] + chosen["step"] * torch.arange(query.shape[2], device=query.device)[:, None]
     distance = position - torch.arange(key.shape[2], device=query.device)
@@ -48,9 +48,9 @@ def reference(
     lse = scores.masked_fill(~shown, -math.inf).logsumexp(-1).masked_fill(~seen, 0.0)
     logs = torch.where(shown, scores - lse[..., None], 0.0)
     probs = torch.where(shown, logs.exp(), 0.0)
-    largest = torch.full_like(lse, -math.inf)
+    largest = torch.zeros_like(lse)
     if key.shape[2] > 0:
-        largest = scores.masked_fill(~shown, -math.inf).amax(-1)
+        largest = scores.masked_fill(~shown, 0.0).abs().amax(-1)
     return probs @ value, -(probs * logs).sum(-1), lse, largest
 
 
@@ -65,7 +65,7 @@ def compute(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What the forward and what the backward kernel return."""
     chosen = options(query, **changes)
-    results = short_attention.forward(query, key, value, None, mask, *chosen.values())
+    results = short_attention.forward(query, key, value, None, mask, *chosen.values(), True)
     grads = short_attention.backward(
         grad_output, grad_entropy, query, key, value, None, mask, *results[:3], *chosen.values(), False, False
     )
@@ -200,6 +200,20 @@ def test_masks_of_every_shape(shape: tuple[int, ...], tokens: tuple[int, int], d
     check(compute(*drawn, mask, is_causal=True), expected(*drawn, mask, is_causal=True))
 
 
+def test_sizes_are_given_only_when_asked_for_and_nan_is_not_hidden(device: str) -> None:
+    query, key, value, *_ = inputs(device, (2, 1), (33, 40))
+    chosen = options(query, is_causal=True).values()
+    *asked, largest = short_attention.forward(query, key, value, None, None, *chosen, True)
+    *others, nothing = short_attention.forward(query, key, value, None, None, *chosen)
+    assert nothing.shape == (0,)
+    assert largest.shape == query.shape[:3]
+    assert all(torch.equal(a, b) for a, b in zip(asked, others, strict=True))
+    key[0, 0, 0] = math.nan
+    *_, largest = short_attention.forward(query, key, value, None, None, *chosen, True)
+    assert largest[0, 0].isnan().all()
+    assert largest[1:].isfinite().all()
+
+
 def test_rows_that_see_no_key_are_zero(device: str) -> None:
     drawn = inputs(device, (2, 1), (33, 40))
     mask = torch.rand(2, 1, 33, 40, device=device) > 0.5
@@ -208,10 +222,8 @@ def test_rows_that_see_no_key_are_zero(device: str) -> None:
     (output, entropy, lse, largest), grads = compute(*drawn, mask)
     dead = ~mask.any(-1).squeeze(1)
     assert dead.sum() == 34
-    for result in (output, entropy, lse, grads[0]):
+    for result in (output, entropy, lse, largest, grads[0]):
         assert (result[:, 0][dead] == 0).all()
-    assert (largest[:, 0][dead] == -math.inf).all()
-    assert largest[:, 0][~dead].isfinite().all()
     check(((output, entropy, lse, largest), grads), expected(*drawn, mask))
 
 

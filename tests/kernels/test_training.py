@@ -7,7 +7,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_reg.callbacks import ActivationHoyerRegularizer, ActivationL1Regularizer, AttentionEntropyRegularizer
+from lightning_reg import kernels
+from lightning_reg.callbacks import (
+    ActivationHoyerRegularizer,
+    ActivationL1Regularizer,
+    AttentionEntropyRegularizer,
+    AttentionLogitRegularizer,
+    QKClip,
+)
+from lightning_reg.kernels import operators
 from tests import tiny
 from tests.test_engine import Sparse
 
@@ -57,3 +65,27 @@ def test_the_table_of_matches_names_the_way(fraction: float, device: str, caplog
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         run(tiny.Tiny(), [AttentionEntropyRegularizer(1.0, query_fraction=fraction)], device)
     assert "scaled_dot_product_attention, fused kernel" in caplog.text
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "nonreentrant", "reentrant"])
+@pytest.mark.parametrize("beside", ["alone", "entropy", "logits"])
+def test_qk_clip_takes_the_largest_logits_from_the_attention_itself(
+    beside: str, use_reentrant: bool | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def callbacks() -> list[Any]:
+        others = {
+            "alone": [], "entropy": [AttentionEntropyRegularizer(0.5)],
+            "logits": [AttentionLogitRegularizer(0.5, bound=0.01)],
+        }[beside]  # fmt: skip
+        return [QKClip(threshold=0.05, heads=2), *others]
+
+    with kernels.disabled():
+        wanted = run(tiny.Tiny(use_reentrant=use_reentrant), callbacks(), device)
+    launched: list[str] = []
+    choose = operators._launcher
+    monkeypatch.setattr(operators, "_launcher", lambda name, *args: launched.append(name) or choose(name, *args))
+    got = run(tiny.Tiny(use_reentrant=use_reentrant), callbacks(), device)
+    assert tiny.distance(got, wanted) <= EXACT
+    assert tiny.distance(run(tiny.Tiny(use_reentrant=use_reentrant), callbacks()[1:], device), wanted) > DIFFERENT
+    assert "attention_entropy.forward" in launched
+    assert ("attention_logits.forward" in launched) == (beside == "logits")  # which needs a gradient
