@@ -123,6 +123,7 @@ class Engine:
         self.scope: list[nn.Module] = []
         self.collecting = False
         self.gradient = torch.zeros(())
+        self.counts: dict[tuple, Tensor] = {}  # visible keys that positions decide, for layers of the same sizes
         self.totals: dict[str, tuple[Tensor, Tensor]] = {}  # last (value, weighted penalty) by regularizer
         self.layers: dict[str, dict[str, Tensor]] = {}  # last value by regularizer and site
         self.shift = torch.zeros(())  # in [0, 1): where the sampled queries of this batch lie
@@ -252,11 +253,13 @@ class Engine:
         self._handles = []
         capture.unwatch_attention(self)
         self.scope.clear()
+        self.counts.clear()
 
     def begin(self, batch: Any = None) -> None:
         """Start collecting for a forward."""
         self.scope.clear()
         self.totals.clear()
+        self.counts.clear()
         for regularizer, taps in self.taps.items():
             live, awake = regularizer.live, regularizer.awake
             mask = regularizer.batch_mask(batch) if awake else None
@@ -388,6 +391,9 @@ class Engine:
         sized = awake and any(tap.awake and tap.regularizer.sizes for tap in site.scores)
         in_one = sized and (attn_mask is None or attn_mask.dtype == torch.bool)
         valid = capture.visible_padding(query, key, attn_mask) if groups else None
+        # what a captured graph reads must be computed in it
+        fresh = torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+        counts = None if fresh else self.counts
         last = next((taps for taps in reversed(groups) if any(tap.live for tap in taps)), None)
         output = largest = None
         for taps in groups:
@@ -399,12 +405,14 @@ class Engine:
             if taps is last:
                 output, entropy, visible, largest = attention_tap(
                     query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k, rows=rows, sized=in_one,
-                    attention=capture.plain_attention, **arguments,
+                    counts=counts, attention=capture.plain_attention, **arguments,
                 )  # fmt: skip
                 (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid, rows)
             else:
                 with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-                    q, k, m, entropy, visible = entropy_tap(query, key, attn_mask, top_k=top_k, rows=rows, **arguments)
+                    q, k, m, entropy, visible = entropy_tap(
+                        query, key, attn_mask, top_k=top_k, rows=rows, counts=counts, **arguments
+                    )
                 if live:
                     query, key, attn_mask = q, k, m
                 (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid, rows)

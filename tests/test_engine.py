@@ -8,9 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
 
-from lightning_reg import rewriting
-from lightning_reg.callbacks import ActivationHoyerRegularizer, ActivationL1Regularizer
+from lightning_reg import regularize, rewriting
+from lightning_reg.callbacks import (
+    ActivationHoyerRegularizer,
+    ActivationL1Regularizer,
+    AttentionEntropyRegularizer,
+)
 from lightning_reg.capture import SITE
 from lightning_reg.engine import Engine
 from tests import tiny
@@ -386,3 +391,50 @@ def test_elementwise_and_per_token_penalties_compile_without_graph_breaks() -> N
     assert tiny.distance(got, wanted) <= EXACT
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] > 0
+
+
+# --- causal attention ------------------------------------------------------------------------------------------------
+
+
+class Causal(nn.Module):
+    """Causal attention of the first ``tokens`` to themselves, and the entropy of its rows by hand."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.qkv = tokens, nn.Linear(8, 24)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, : self.tokens]
+        attended = F.scaled_dot_product_attention(*self.heads(x), is_causal=True)
+        return x + attended.transpose(1, 2).flatten(2)
+
+    def entropy(self, x: Tensor) -> Tensor:
+        """Mean of the normalised entropy of the rows that see two keys or more."""
+        q, k, _ = self.heads(x[:, : self.tokens])
+        future = torch.ones(self.tokens, self.tokens, dtype=torch.bool).triu(1)
+        p = (q @ k.mT / 2).masked_fill(future, -math.inf).softmax(-1)
+        rows = -(p * p.clamp_min(1e-30).log()).sum(-1)
+        return (rows[..., 1:] / torch.arange(2.0, self.tokens + 1).log()).mean()
+
+
+def test_causal_rows_are_counted_once_for_layers_of_one_size() -> None:
+    model, x, seen = nn.Sequential(Causal(5), Causal(5), Causal(4)), torch.randn(3, 6, 8), []
+    regularizer = AttentionEntropyRegularizer(0.7, objective="minimize")
+    with regularize(model, [regularizer]) as regularizers:
+        for _ in range(2):
+            y = model(x).square().mean()
+            seen.append([tuple(count.shape) for count in Engine.of(model).counts.values()])
+            loss = regularizers.add(y)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert seen == [[(3, 2, 5), (3, 2, 4)]] * 2
+    entropies, y = [], x
+    for layer in model:
+        entropies.append(layer.entropy(y))
+        y = layer(y)
+    wanted = y.square().mean() + 0.7 * torch.stack(entropies).mean()
+    torch.testing.assert_close(loss, wanted)
+    for got, right in zip(gradients, torch.autograd.grad(wanted, list(model.parameters())), strict=True):
+        torch.testing.assert_close(got, right)

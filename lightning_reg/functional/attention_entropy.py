@@ -63,6 +63,8 @@ from lightning_reg.functional._scores import (
     upcast,
 )
 
+Counts = dict[tuple, Tensor]
+
 # bound now: capture.py replaces the attribute while a training batch is in flight
 _softmax = torch.softmax
 
@@ -234,6 +236,7 @@ def attention_tap(
     query_offset: int = 0,
     rows: Tensor | None = None,
     sized: bool = False,
+    counts: Counts | None = None,
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> tuple[Tensor, Tensor, Tensor | int, Tensor | None]:
     """Attention and the entropy of its rows before dropout, whichever way is cheapest.
@@ -241,6 +244,7 @@ def attention_tap(
     Small attention on a CPU is computed here, in one node, and attention without dropout on a GPU in one kernel; any
     other by ``attention``, torch's unless another is given, behind an ``entropy_tap``. With ``rows`` only the entropy
     of these queries is returned: where one node gives all, that costs less than to look at a part beside it.
+    ``counts`` keeps the numbers of visible keys that positions alone decide, for layers of the same sizes.
 
     Returns:
         ``(output, entropy, visible, largest)``, as torch's attention and as ``entropy_tap`` return them; with ``sized``
@@ -253,20 +257,21 @@ def attention_tap(
     path = attention_path(query, key, value, attn_mask, dropout_p, is_causal, top_k, window, query_offset)
     if path == ONE_NODE:
         output, entropy = SmallAttention.apply(query, key, value, scale, is_causal)
-        return output, *_select(rows, entropy, _visible_to_queries(query, key, None, is_causal, None)), None
+        visible = _visible_to_queries(query, key, None, is_causal, None, counts=counts)
+        return output, *_select(rows, entropy, visible), None
     if path == FUSED:
         q, k, v, bias, mask = _four_axes(query, key, value, attn_mask)
         output, entropy, largest = KernelAttention.apply(
             q, k, v, bias, mask, scale, is_causal, window, query_offset, sized
         )
         places = _places(query, query_offset) if query_offset else None
-        visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, places)
+        visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, places, counts)
         lead = query.shape[:-1]
         largest = largest.reshape(lead) if sized else None
         return output.reshape(*lead, value.shape[-1]), *_select(rows, entropy.reshape(lead), visible), largest
     query, key, attn_mask, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k, window=window,
-        query_offset=query_offset, rows=rows,
+        query_offset=query_offset, rows=rows, counts=counts,
     )  # fmt: skip
     if window is not None or (query_offset and is_causal):
         attn_mask = _with_band(_places(query, query_offset), key, attn_mask, is_causal, window)
@@ -308,11 +313,13 @@ def entropy_tap(
     window: int | None = None,
     query_offset: int = 0,
     rows: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | int]:
     """Queries, keys and mask unchanged, with the entropy of their attention rows joined to the same autograd node.
 
     Feed the returned tensors to the attention: its gradient and the entropy's meet in one backward. On a GPU under
-    autocast they come in its dtype, as attention takes them. With ``rows`` only these queries are looked at.
+    autocast they come in its dtype, as attention takes them. With ``rows`` only these queries are looked at. ``counts``
+    as in ``attention_tap``.
 
     Returns:
         ``(query, key, attn_mask, entropy, visible)``, entropy in nats and the number of visible keys, both
@@ -328,7 +335,7 @@ def entropy_tap(
             mask = mask.index_select(-2, rows)
         _, key, _, entropy, visible = _tap(part, key, mask, scale, is_causal, top_k, window, rows + query_offset)
         return query, key, attn_mask, entropy, visible
-    return _tap(query, key, attn_mask, scale, is_causal, top_k, window, query_offset)
+    return _tap(query, key, attn_mask, scale, is_causal, top_k, window, query_offset, counts)
 
 
 def _tap(
@@ -340,11 +347,12 @@ def _tap(
     top_k: int | None,
     window: int | None,
     places: Tensor | int,
+    counts: Counts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | int]:
     """``entropy_tap`` of queries at ``places`` (queries,), or one after another from a number on."""
     scattered = isinstance(places, Tensor) and (is_causal or window is not None)
     positions = places if isinstance(places, Tensor) else _places(query, places) if places else None
-    visible = _visible_to_queries(query, key, attn_mask, is_causal, check_top_k(top_k), window, positions)
+    visible = _visible_to_queries(query, key, attn_mask, is_causal, check_top_k(top_k), window, positions, counts)
     offset = places if isinstance(places, int) else 0
     path = attention_path(query, key, None, attn_mask, 0.0, is_causal, top_k, window, offset or int(scattered))
     if path == BLOCKS:
@@ -551,11 +559,17 @@ def _visible_to_queries(
     top_k: int | None,
     window: int | None = None,
     positions: Tensor | None = None,
+    counts: Counts | None = None,
 ) -> Tensor | int:
     """Number of keys each query sees, broadcast to (batch, heads, queries); one number when all see as many."""
     placed = is_causal or window is not None
     if attn_mask is None and not placed:
         return key.shape[-2] if top_k is None else min(top_k, key.shape[-2])
+    if counts is not None and attn_mask is None and positions is None:
+        sizes = (query.shape[:-1], key.shape[-2], is_causal, top_k, window, query.device)
+        if sizes not in counts:
+            counts[sizes] = _visible_to_queries(query, key, None, is_causal, top_k, window)  # type: ignore[assignment]
+        return counts[sizes]
     if attn_mask is None:
         shown = torch.ones(1, dtype=torch.bool, device=query.device)
     else:

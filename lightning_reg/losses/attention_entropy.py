@@ -22,6 +22,7 @@ OBJECTIVES = ("maximize", "minimize", "floor", "ceiling", "band", "target")
 Level = Literal["query", "head", "site"]
 LEVELS = ("query", "head", "site")
 _LINEAR = ("maximize", "minimize")
+_WEIGHTS = "_lightning_reg_weights"
 
 
 class AttentionEntropyLoss(nn.Module):
@@ -130,6 +131,9 @@ class AttentionEntropyLoss(nn.Module):
         """Mean entropy of the counted rows, in the chosen unit."""
         if valid is None and isinstance(visible, int) and entropy.numel():
             return normalize_entropy(entropy.mean(), visible) if self.normalize else entropy.mean()
+        if valid is None and isinstance(visible, Tensor) and not torch.compiler.is_compiling():
+            counted, weights = _row_weights(visible, entropy.dtype, self.normalize)
+            return (torch.where(counted, entropy, 0.0) * weights).sum()
         counted = rows_with_choice(entropy, visible, self.normalize)
         if valid is not None:
             counted = counted & valid
@@ -145,6 +149,18 @@ class AttentionEntropyLoss(nn.Module):
             return (entropy - self._low).square()
         below, above = (self._low - entropy).relu(), (entropy - self._high).relu()
         return {"floor": below, "ceiling": above, "band": below + above}[self.objective]
+
+
+def _row_weights(visible: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Which rows a mean counts, and their weights in it, of which ``visible`` keeps those found last."""
+    known = getattr(visible, _WEIGHTS, None)
+    if known is None or known[0] != (dtype, normalize):
+        counted = visible > (1 if normalize else 0)
+        share = counted.sum().clamp_min(1).to(dtype).reciprocal()
+        unit = torch.where(counted, visible, math.inf).to(dtype).log() if normalize else torch.ones_like(share)
+        known = (dtype, normalize), counted, torch.where(counted, share / unit, 0.0)
+        setattr(visible, _WEIGHTS, known)
+    return known[1], known[2]
 
 
 def masked_mean(entropy: Tensor, counted: Tensor, level: str) -> Tensor:
