@@ -426,7 +426,7 @@ class Engine:
                 for tap in taps:
                     tap.shape = f"{_sizes(query)} x {_sizes(key)}"
         if output is None and in_one and is_fused(query, key, value, attn_mask, dropout_p):
-            output, *_, largest = attention_tap(query, key, value, attn_mask, sized=True, **arguments)
+            output, *_, largest = attention_tap(query, key, value, attn_mask, sized=True, counts=counts, **arguments)
         if output is None:
             output = capture.plain_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **arguments)
         if sized:

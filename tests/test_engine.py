@@ -420,16 +420,22 @@ class Causal(nn.Module):
         return (rows[..., 1:] / torch.arange(2.0, self.tokens + 1).log()).mean()
 
 
-def test_causal_rows_are_counted_once_for_layers_of_one_size() -> None:
+def test_causal_rows_are_counted_once_for_layers_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, seen = nn.Sequential(Causal(5), Causal(5), Causal(4)), torch.randn(3, 6, 8), []
     regularizer = AttentionEntropyRegularizer(0.7, objective="minimize")
+    see = regularizer.see_attention
+    monkeypatch.setattr(
+        regularizer, "see_attention", lambda rows, visible, valid: seen.append(visible) or see(rows, visible, valid)
+    )
     with regularize(model, [regularizer]) as regularizers:
         for _ in range(2):
             y = model(x).square().mean()
-            seen.append([tuple(count.shape) for count in Engine.of(model).counts.values()])
             loss = regularizers.add(y)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
-    assert seen == [[(3, 2, 5), (3, 2, 4)]] * 2
+    assert [len(visible[0, 0]) for visible in seen] == [5, 5, 4] * 2
+    assert seen[0] is seen[1]
+    assert seen[3] is seen[4]
+    assert seen[3] is not seen[0]  # nothing stays beyond a step
     entropies, y = [], x
     for layer in model:
         entropies.append(layer.entropy(y))
