@@ -428,11 +428,13 @@ class Updates:
 
 def _places(layer: Layer) -> list[int]:
     """Where the tensors of a layer lie; never the same for a weight that must be gathered or copied first."""
-    weight, buffers = layer.original, layer.spectral._buffers
-    local: Any = weight.to_local() if _sharding(weight) else weight  # type: ignore[attr-defined]
-    if is_sharded(local) or not local.is_contiguous():
+    weight: Any = layer.original
+    if is_sharded(weight):
+        weight = weight.to_local() if _sharding(weight) else None
+    if weight is None or not weight.is_contiguous():
         return [next(_fresh)]
-    return [tensor.data_ptr() for tensor in (local, buffers["u"], buffers["v"])]  # type: ignore[union-attr]
+    u, v = layer.spectral._buffers.values()
+    return [weight.data_ptr(), u.data_ptr(), v.data_ptr()]  # type: ignore[union-attr]
 
 
 _fresh = count(-1, -1)

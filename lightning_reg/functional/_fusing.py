@@ -79,6 +79,17 @@ def through(activation: str, grad: Tensor | None, sources: Sequence[Tensor]) -> 
     return [_BACKWARD[activation](grad * sources[1], sources[0]), grad * _FORWARD[activation](sources[0])]
 
 
+def in_place(grad: Tensor) -> Tensor:
+    """The gradient of an activation, which compiled code writes over the one that comes from above.
+
+    Inductor cuts long expressions in two, with a float32 between that fits over nothing: the backward of GELU with a
+    penalty in it then needs another tensor of the size of ``grad``. Cut here, both halves are written in its place.
+    """
+    if torch.compiler.is_compiling() and type(grad) is Tensor:
+        return grad.as_strided(grad.shape, grad.stride())
+    return grad
+
+
 def differentiable(operator: Callable) -> Callable:
     """The torch code of an operator where its result is to be differentiated, itself otherwise."""
     return operator.__wrapped__ if torch.is_grad_enabled() else operator  # type: ignore[attr-defined]

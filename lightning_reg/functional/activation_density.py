@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.functional._fusing import activate, differentiable, producer, through
+from lightning_reg.functional._fusing import activate, differentiable, in_place, producer, through
 from lightning_reg.functional._tokens import (
     at_least_one,
     check_activations,
@@ -246,11 +246,11 @@ def _add_gradient(
     """Gradients of ``sources``, of which ``activation`` makes x: ``grad + strength x / (1 + x^2 / epsilon)^2``."""
     x = activate(activation, sources)
     exact = upcast(x)
-    slope = _spread(exact, fixed if inverse is None else inverse).pow_(-2).mul_(exact)
+    slope = _spread_again(exact, fixed if inverse is None else inverse).pow_(-2).mul_(exact)
     if mask is not None:
         slope.masked_fill_(~mask, 0.0)
     total = slope.mul_(strength).to(x.dtype) if grad is None else grad.addcmul(slope, strength).to(grad.dtype)
-    return through(activation, total, sources)
+    return through(activation, in_place(total), sources)
 
 
 def _spread(x: Tensor, inverse: float | Tensor) -> Tensor:
@@ -258,6 +258,17 @@ def _spread(x: Tensor, inverse: float | Tensor) -> Tensor:
     if isinstance(inverse, Tensor):
         return x.square().mul_(inverse).add_(1)
     return torch.addcmul(x.new_ones(()), x, x, value=inverse)
+
+
+def _spread_again(x: Tensor, inverse: float | Tensor) -> Tensor:
+    """``_spread`` in a backward.
+
+    Compiled code gets another expression: were it the same, torch 2.11 would keep it from the forward on, in float32.
+    """
+    if not torch.compiler.is_compiling():
+        return _spread(x, inverse)
+    root = inverse.sqrt() if isinstance(inverse, Tensor) else math.sqrt(inverse)
+    return (x * root).square().add_(1)
 
 
 def check_epsilon(epsilon: float) -> float:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.functional._fusing import activate, differentiable, producer, through
+from lightning_reg.functional._fusing import activate, differentiable, in_place, producer, through
 from lightning_reg.functional._tokens import at_least_one, check_activations, check_token_mask, upcast, valid_sum
 from lightning_reg.functional.activation_l1 import above, check_floor
 from lightning_reg.kernels import operator
@@ -124,7 +124,8 @@ def _add_gradient(
     scaled = above(upcast(x), floor) / unit
     # where nothing but the sign is left of a number too small to be squared, and in padding
     pull = ((scaled.sign() - scaled * ratio) * per_token).masked_fill(per_token == 0, 0.0)
-    return through(activation, (pull if grad is None else grad + pull).to(x.dtype), sources)
+    total = (pull if grad is None else grad + pull).to(x.dtype)
+    return through(activation, in_place(total), sources)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> int | Tensor:

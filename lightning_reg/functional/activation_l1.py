@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_reg.functional._fusing import activate, differentiable, producer, through
+from lightning_reg.functional._fusing import activate, differentiable, in_place, producer, through
 from lightning_reg.functional._tokens import (
     at_least_one,
     check_activations,
@@ -136,7 +136,8 @@ def _add_gradient(
     sign = x.sign() if floor is None else above(upcast(x), floor).sign()
     sign = sign if mask is None else sign.masked_fill(~mask, 0.0)
     pull = upcast(sign) * strength
-    return through(activation, (pull if grad is None else grad + pull).to(x.dtype), sources)
+    total = (pull if grad is None else grad + pull).to(x.dtype)
+    return through(activation, in_place(total), sources)
 
 
 def above(x: Tensor, floor: float | None) -> Tensor:

@@ -252,7 +252,7 @@ class _Group:
     def __init__(self, entries: list[tuple[Tensor, ...]]) -> None:
         matrices = [entry[0] for entry in entries]
         _check_group(entries)
-        self.kept, self.element = entries, _TYPES[matrices[0].dtype]  # alive as long as their addresses are used
+        self.kept = entries  # alive as long as their addresses are used
         blocks = [triton.cdiv(len(matrix), BLOCK_ROWS) for matrix in matrices]
         spans = [triton.cdiv(matrix.shape[1], REDUCE_COLUMNS) for matrix in matrices]
         scratch = [count * matrix.shape[1] for count, matrix in zip(blocks, matrices)]
@@ -264,18 +264,20 @@ class _Group:
         self.table = torch.tensor(rows, dtype=torch.int64).to(device)
         self.scratch = torch.empty(sum(scratch), dtype=torch.float32, device=device)
         self.blocks, self.spans = _owners(blocks, device), _owners(spans, device)
+        self.products = Launch(
+            _products_kernel, (len(self.blocks),), *[TENSOR] * 3, ELEMENT=_TYPES[matrices[0].dtype], BM=BLOCK_ROWS,
+            BN=BLOCK_COLUMNS, num_warps=BLOCK_WARPS,
+        )  # fmt: skip
+        self.reduce = Launch(
+            _reduce_kernel, (len(self.spans),), *[TENSOR] * 3, BM=REDUCE_BLOCKS, BN=REDUCE_COLUMNS, num_warps=4
+        )
 
     def __call__(self) -> None:
         with on_device(self.table):
             if len(self.blocks):
-                _products_kernel[(len(self.blocks),)](
-                    self.table, self.blocks, self.scratch, ELEMENT=self.element,
-                    BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=BLOCK_WARPS,
-                )  # fmt: skip
+                self.products(self.table, self.blocks, self.scratch)
             if len(self.spans):
-                _reduce_kernel[(len(self.spans),)](
-                    self.table, self.spans, self.scratch, BM=REDUCE_BLOCKS, BN=REDUCE_COLUMNS, num_warps=4
-                )
+                self.reduce(self.table, self.spans, self.scratch)
 
 
 def _check_group(entries: list[tuple[Tensor, ...]]) -> None:
@@ -301,11 +303,12 @@ class Normalise:
         self.flat, self.outputs = flat, list(outputs)
         rows = list(zip(_starts(sizes), sizes, (output.data_ptr() for output in outputs), strict=True))
         self.table = torch.tensor(rows, dtype=torch.int64).to(flat.device)
+        self.launch = Launch(_normalise_kernel, (len(rows),), TENSOR, TENSOR, TINY=TINY, BLOCK=NORM, num_warps=4)
 
     def __call__(self) -> None:
         """Normalise all."""
         with on_device(self.flat):
-            _normalise_kernel[(len(self.outputs),)](self.table, self.flat, TINY=TINY, BLOCK=NORM, num_warps=4)
+            self.launch(self.table, self.flat)
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

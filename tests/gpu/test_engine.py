@@ -5,7 +5,8 @@ Two bounds. Weights after training differ from those of the hand-written module,
 one is away from it in its own precision, which tells a small error from rounding where the first bound cannot.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lightning_reg import kernels, regularize
 from lightning_reg.callbacks import AttentionEntropyRegularizer, WeightSparsity
+from lightning_reg.functional.activation_density import density_tap
+from lightning_reg.functional.activation_hoyer import hoyer_tap
+from lightning_reg.functional.activation_l1 import l1_tap
 from lightning_reg.schedules import Linear, TargetController
 from tests import tiny
 from tests.gpu import small
@@ -42,6 +46,7 @@ PRECISIONS = {
     "bf16_true": ({"precision": "bf16-true"}, 1e-2),
 }
 RATIO = 1.5
+Regularizer = Callable[[Tensor], tuple[Tensor, Tensor]]
 CASES: dict[str, tuple[type[small.Small], dict[str, Any], dict[str, Any]]] = {
     # name: module, its arguments, trainer arguments
     "accumulate_ragged": (small.Small, {}, {"accumulate_grad_batches": 3}),
@@ -192,6 +197,51 @@ def test_compiled_training_equals_eager_without_graph_breaks(part: str, precisio
     check(small.weights(module), small.NAMES, bound, settings)
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert counters["stats"]["unique_graphs"] > 0
+
+
+class Mlps(torch.nn.Module):
+    """Residual MLPs, whose hidden activations are most of what a step needs."""
+
+    def __init__(self, regularizer: Regularizer | None) -> None:
+        super().__init__()
+        layers = ((torch.nn.Linear(64, 2048), torch.nn.Linear(2048, 64)) for _ in range(12))
+        self.layers = torch.nn.ModuleList(torch.nn.ModuleList(pair) for pair in layers)
+        self.regularizer = regularizer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        penalty = x.new_zeros(())
+        for up, down in self.layers:
+            hidden = F.gelu(up(x))
+            if self.regularizer is not None:
+                hidden, value = self.regularizer(hidden)
+                penalty = penalty + value
+            x = x + down(hidden)
+        return x, penalty
+
+
+@pytest.mark.parametrize("name", ["density", "l1", "hoyer"])
+def test_compiled_penalties_need_no_memory(name: str, compiling: None) -> None:
+    """Neither is anything kept from the forward on in float32, nor is a gradient written beside the one from above."""
+    taps: dict[str, Regularizer] = {
+        "density": partial(density_tap, epsilon=1e-3), "l1": l1_tap, "hoyer": hoyer_tap,
+    }  # fmt: skip
+    peaks = {}
+    for arm, tap in {"none": None, name: taps[name]}.items():
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = Mlps(tap).cuda()
+        step, x = torch.compile(model), torch.randn(8, 1024, 64, device="cuda")
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with torch.autocast("cuda", torch.bfloat16):
+                output, penalty = step(x)
+            (output.float().square().mean() + penalty).backward()
+            model.zero_grad(set_to_none=True)
+        peaks[arm] = torch.cuda.max_memory_allocated() - before
+        del model, step, output, penalty
+    assert peaks[name] <= 1.02 * peaks["none"]
 
 
 def test_cuda_graphs_of_compiled_blocks_equal_eager(compiling: None) -> None:

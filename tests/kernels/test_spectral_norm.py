@@ -255,7 +255,11 @@ def test_power_iteration_goes_on_in_torch_when_its_kernel_fails(device: str, mon
     matrix, v = torch.randn(6, 4, device=device), torch.rand(4, device=device)
     u, wanted = torch.zeros(6, device=device), iterated(exact(matrix), exact(v))
     iteration = module.PowerIteration([matrix], [u], [v])
-    monkeypatch.setattr(kernel, "_products_kernel", None)
+
+    def launch(*_: torch.Tensor) -> None:
+        raise TypeError("no such kernel")
+
+    monkeypatch.setattr(kernel.Launch, "__call__", launch)
     with pytest.warns(UserWarning, match="power iteration in plain torch.* its kernel failed with TypeError"):
         iteration.step()
     assert_close(u, wanted[0], 1e-6)
