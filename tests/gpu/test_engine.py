@@ -220,8 +220,8 @@ class Mlps(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["density", "l1", "hoyer"])
-def test_compiled_penalties_need_no_memory(name: str, compiling: None) -> None:
-    """Neither is anything kept from the forward on in float32, nor is a gradient written beside the one from above."""
+def test_compiled_penalties_need_little_memory(name: str, compiling: None) -> None:
+    """No more than one activation, which lives on until its gradient is there: none in float32, no second gradient."""
     taps: dict[str, Regularizer] = {
         "density": partial(density_tap, epsilon=1e-3), "l1": l1_tap, "hoyer": hoyer_tap,
     }  # fmt: skip
@@ -241,7 +241,8 @@ def test_compiled_penalties_need_no_memory(name: str, compiling: None) -> None:
             model.zero_grad(set_to_none=True)
         peaks[arm] = torch.cuda.max_memory_allocated() - before
         del model, step, output, penalty
-    assert peaks[name] <= 1.02 * peaks["none"]
+    activation = x.numel() // 64 * 2048 * 2
+    assert peaks[name] - peaks["none"] <= 1.01 * activation
 
 
 def test_cuda_graphs_of_compiled_blocks_equal_eager(compiling: None) -> None:
