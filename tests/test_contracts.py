@@ -312,6 +312,18 @@ def test_target_that_does_not_run_is_named_or_allowed() -> None:
     tiny.fit(Idle(), [ActivationDensityRegularizer(1.0, allow_unused=True)])
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # Lightning's, without a remedy
+@pytest.mark.parametrize("regularizer", [ActivationDensityRegularizer, AttentionEntropyRegularizer])
+def test_model_that_was_loaded_in_evaluation_mode_is_named_with_the_remedy(regularizer: type) -> None:
+    module = tiny.Tiny()
+    module.net.eval()
+    with pytest.raises(RuntimeError, match=r"`from_pretrained` leaves models in evaluation mode: call `.train\(\)`"):
+        tiny.fit(module, [regularizer(1.0)])
+    assert_untouched(module)
+    module.net.train()
+    tiny.fit(module, [regularizer(1.0)])
+
+
 def test_up_projection_is_no_target() -> None:
     with pytest.raises(
         ValueError, match="'net.blocks.0.fc1' is the up-projection of 'net.blocks.0.fc2', which you may"

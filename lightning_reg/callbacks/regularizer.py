@@ -480,7 +480,8 @@ def check_attention_fired(name: str, taps: "list[Tap]") -> None:
             "`F.scaled_dot_product_attention` and softmax, in modules that are in training mode and reached by "
             "gradient. Flash-attention, FlexAttention and Nystrom products are not seen: with Hugging Face use "
             "`attn_implementation='sdpa'`, and for a softmax in an unusual place name its module with `targets=`. "
-            "A compiled block inside a reentrant checkpoint is not seen either: use `use_reentrant=False`."
+            "A compiled block inside a reentrant checkpoint is not seen either: use `use_reentrant=False`. "
+            "`from_pretrained` leaves models in evaluation mode: call `.train()` on them."
         )
     named = [tap.site for tap in taps if tap.site.explicit]
     idle = [site.label for site in named if not any(capture.at_or_below(other, site.name) for other in fired)]
@@ -497,8 +498,9 @@ def check_hidden_fired(name: str, taps: "list[Tap]") -> None:
     if idle:
         raise RuntimeError(
             f"`{name}`: {', '.join(idle)} did not run, with gradient and in training mode, in the first training step, "
-            "so nothing is regularized there. Leave it out with `targets=`, set `allow_unused=True` if it runs in some "
-            "steps only, and use `use_reentrant=False` if it is a compiled block inside a checkpoint."
+            "so nothing is regularized there. `from_pretrained` leaves models in evaluation mode: call `.train()` on "
+            "them. Otherwise leave it out with `targets=`, set `allow_unused=True` if it runs in some steps only, and "
+            "use `use_reentrant=False` if it is a compiled block inside a checkpoint."
         )
 
 

@@ -266,9 +266,11 @@ def attention_tap(
         )
         places = _places(query, query_offset) if query_offset else None
         visible = _visible_to_queries(query, key, attn_mask, is_causal, None, window, places, counts)
-        lead = query.shape[:-1]
-        largest = largest.reshape(lead) if sized else None
-        return output.reshape(*lead, value.shape[-1]), *_select(rows, entropy.reshape(lead), visible), largest
+        if query.dim() != 4:
+            lead = query.shape[:-1]
+            output, entropy = output.reshape(*lead, value.shape[-1]), entropy.reshape(lead)
+            largest = largest.reshape(lead) if sized else largest
+        return output, *_select(rows, entropy, visible), largest if sized else None
     query, key, attn_mask, entropy, visible = entropy_tap(
         query, key, attn_mask, scale=scale, is_causal=is_causal, enable_gqa=enable_gqa, top_k=top_k, window=window,
         query_offset=query_offset, rows=rows, counts=counts,

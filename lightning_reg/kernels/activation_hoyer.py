@@ -1,6 +1,7 @@
 """Norms of tokens and the gradient of their Hoyer-square, one pass each. The quantity is in ``functional``."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -8,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_reg.kernels import reduction
+from lightning_reg.kernels.launching import MOST_PLANS, TENSOR, Launch
 
 TILE, WARPS = 4096, 4
 
@@ -17,15 +19,19 @@ def norms(x: Tensor, floor: float | None) -> list[Tensor]:
     reduction.check(x)
     x = x.contiguous()
     unit, l1, square = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(3))
-    columns = min(TILE, triton.next_power_of_2(max(1, x.shape[-1])))
-    rows = max(1, 1024 // columns)
-    if unit.numel():
-        with torch.cuda.device_of(x):
-            _norms_kernel[(triton.cdiv(unit.numel(), rows),)](
-                x, unit, l1, square, unit.numel(), x.shape[-1], 0.0 if floor is None else floor,
-                FLOOR=floor is not None, ROWS=rows, COLUMNS=columns, num_warps=WARPS,
-            )  # fmt: skip
+    if tokens := unit.numel():
+        _norms(x.device, x.dtype, tokens, x.shape[-1], floor)(x, unit, l1, square)
     return [unit, l1, square]
+
+
+@lru_cache(MOST_PLANS)
+def _norms(device: torch.device, dtype: torch.dtype, tokens: int, width: int, floor: float | None) -> Launch:
+    columns = min(TILE, triton.next_power_of_2(max(1, width)))
+    rows = max(1, 1024 // columns)
+    return Launch(
+        _norms_kernel, (triton.cdiv(tokens, rows),), *[TENSOR] * 4, tokens, width, 0.0 if floor is None else floor,
+        FLOOR=floor is not None, ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def add_gradient(

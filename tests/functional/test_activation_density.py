@@ -1,6 +1,7 @@
 """Activation density against float64 numpy and hand-worked numbers."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.compile_utils import fx_graph_cse
+from torch._functorch.partitioners import default_partition
 
 from lightning_reg.functional import activation_density, chunk_density, exact_chunk_density, exact_density
 from lightning_reg.functional.activation_density import count_active, count_chunks, density_tap
@@ -205,6 +210,45 @@ def test_compiled_without_graph_break_equals_eager(relative: bool) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     actual, expected = (torch.autograd.grad(f(x), x)[0] for f in (compiled, function))
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+@pytest.mark.parametrize("epsilon", [1e-30, 1e-7, 0.1, 20.0])
+def test_compiled_gradient_equals_the_formula_in_float64(relative: bool, epsilon: float) -> None:
+    x = torch.tensor([[0.0, 1e-15, -2e-15, 3e-4], [-0.2, 1.0, 5.0, -300.0]], requires_grad=True)
+    exact = x.detach().double()
+    scale = epsilon * exact.square().mean() if relative else torch.tensor(epsilon, **D)
+    expected = 3 * 2 * exact * scale / (exact.square() + scale).square() / exact.numel()
+    torch.compiler.reset()
+    compiled = torch.compile(activation_density, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(x, epsilon=epsilon, relative=relative), x, torch.tensor(3.0))
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=float(expected.abs().max()) * 1e-9)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+def test_compiled_backward_shares_nothing_in_float32_with_the_forward(relative: bool) -> None:
+    """What both compute alike torch may keep in between; x in float32 alone is left, which it computes again."""
+    kept: list[tuple[torch.dtype, torch.Size]] = []
+
+    def partition(joint: Any, inputs: Any, **options: Any) -> Any:
+        joint.graph = fx_graph_cse(joint.graph)
+        forward, backward = default_partition(joint, inputs, **options)
+        results = next(iter(forward.graph.find_nodes(op="output"))).args[0]
+        tensors = [node.meta["val"] for node in results if isinstance(node.meta.get("val"), Tensor)]
+        kept.extend((tensor.dtype, tensor.shape) for tensor in tensors)
+        return forward, backward
+
+    x = torch.randn(6, 40, dtype=torch.bfloat16, requires_grad=True)
+
+    def run(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)
+    torch.compiler.reset()
+    torch.compile(activation_density, fullgraph=True, backend=backend)(x, epsilon=0.1, relative=relative).backward()
+    assert x.grad is not None
+    assert kept.count((torch.float32, x.shape)) <= 1
+    assert (torch.bfloat16, x.shape) in kept or (torch.float32, x.shape) in kept
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
