@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_reg.kernels import unavailable
+from lightning_reg.kernels import compiling, unavailable
 
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _aten: Any = torch.ops.aten
@@ -44,7 +44,7 @@ def producer(x: Tensor) -> tuple[str, tuple[Tensor, ...]]:
 
     It was given the pre-activation and, where it is a gate, what that was multiplied with.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or not _untouched(x):
+    if compiling() or not (torch.is_grad_enabled() and x.requires_grad) or not _untouched(x):
         return "", ()
     if unavailable(x) is not None or _saving_is_hooked():
         return "", ()
@@ -85,7 +85,7 @@ def in_place(grad: Tensor) -> Tensor:
     Inductor cuts long expressions in two, with a float32 between that fits over nothing: the backward of GELU with a
     penalty in it then needs another tensor of the size of ``grad``. Cut here, both halves are written in its place.
     """
-    if torch.compiler.is_compiling() and type(grad) is Tensor:
+    if compiling() and not hasattr(grad, "full_tensor"):
         return grad.as_strided(grad.shape, grad.stride())
     return grad
 

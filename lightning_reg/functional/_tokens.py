@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_reg.kernels import compiling
+
 
 def upcast(x: Tensor) -> Tensor:
     """``x`` in float32, or as it is in float64."""
@@ -24,12 +26,12 @@ def valid_sum(x: Tensor, mask: Tensor | None) -> Tensor:
     """Sum of the valid elements, whatever the others hold."""
     if mask is not None:
         return torch.where(mask, _row_sums(x).unsqueeze(-1), 0.0).sum()
-    return _row_sums(x).sum() if torch.compiler.is_compiling() else x.sum()
+    return _row_sums(x).sum() if compiling() else x.sum()
 
 
 def _row_sums(x: Tensor) -> Tensor:
     """Sums over the last axis; in compiled code of pieces first, which are summed where ``x`` is computed."""
-    if torch.compiler.is_compiling():
+    if compiling():
         for piece in (1024, 512, 256, 128):
             if x.shape[-1] > piece and x.shape[-1] % piece == 0:
                 return x.unflatten(-1, (-1, piece)).sum(-1).sum(-1)

@@ -43,7 +43,7 @@ from lightning_reg.functional._tokens import (
     valid_count,
     valid_sum,
 )
-from lightning_reg.kernels import operator
+from lightning_reg.kernels import compiling, operator, whole
 
 SMALLEST_EPSILON = (
     1e-30  # keeps 1 / epsilon, times a loss scale, finite in float32; an all-zero input has no other scale
@@ -74,6 +74,7 @@ def activation_density(
     return density_tap(x, epsilon=epsilon, mask=mask, relative=relative)[1]
 
 
+@whole
 def density_tap(
     x: Tensor, *, epsilon: float = 1e-7, mask: Tensor | None = None, relative: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -265,7 +266,7 @@ def _spread_again(x: Tensor, inverse: float | Tensor) -> Tensor:
 
     Compiled code gets another expression: were it the same, torch 2.11 would keep it from the forward on, in float32.
     """
-    if not torch.compiler.is_compiling():
+    if not compiling():
         return _spread(x, inverse)
     root = inverse.sqrt() if isinstance(inverse, Tensor) else math.sqrt(inverse)
     return (x * root).square().add_(1)

@@ -37,7 +37,7 @@ from torch import Tensor
 from lightning_reg.functional._fusing import activate, differentiable, in_place, producer, through
 from lightning_reg.functional._tokens import at_least_one, check_activations, check_token_mask, upcast, valid_sum
 from lightning_reg.functional.activation_l1 import above, check_floor
-from lightning_reg.kernels import operator
+from lightning_reg.kernels import operator, whole
 
 
 def activation_hoyer(x: Tensor, *, mask: Tensor | None = None, floor: float | None = None) -> Tensor:
@@ -61,6 +61,7 @@ def activation_hoyer(x: Tensor, *, mask: Tensor | None = None, floor: float | No
     return hoyer_tap(x, mask=mask, floor=floor)[1]
 
 
+@whole
 def hoyer_tap(x: Tensor, *, mask: Tensor | None = None, floor: float | None = None) -> tuple[Tensor, Tensor]:
     """``x`` unchanged, and its Hoyer-square joined to the same autograd node. Arguments as ``activation_hoyer``."""
     mask = check_token_mask(mask, check_activations(x))

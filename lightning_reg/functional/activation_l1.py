@@ -45,7 +45,7 @@ from lightning_reg.functional._tokens import (
     valid_count,
     valid_sum,
 )
-from lightning_reg.kernels import operator
+from lightning_reg.kernels import operator, whole
 
 TINY = 1e-30  # an all-zero input has no root mean square to be measured in
 
@@ -76,6 +76,7 @@ def activation_l1(
     return l1_tap(x, mask=mask, relative=relative, floor=floor)[1]
 
 
+@whole
 def l1_tap(
     x: Tensor, *, mask: Tensor | None = None, relative: bool = False, floor: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.kernels import operators
-from lightning_reg.kernels.operators import Unsupported, operator, unavailable, warn_once
+from lightning_reg.kernels.operators import Unsupported, compiling, operator, unavailable, warn_once, whole
 
 GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram matrix is the cheaper exact way
 TINY = 1e-30
@@ -263,6 +263,7 @@ def rayleigh(matrices: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.stack([torch.dot(a, b) for a, b in zip(u.unbind(), _apply(matrices, v).unbind(), strict=True)])
 
 
+@whole
 def spectral_reparam(
     weight: Tensor,
     gain: Tensor,
@@ -325,7 +326,7 @@ class _SpectralReparam(torch.autograd.Function):
 
 def _traced_with_kernels(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> bool:
     """Whether code is being compiled whose kernels can be part of it."""
-    if not (torch.compiler.is_compiling() and weight.is_cuda and TRITON) or operators._off:
+    if not (compiling() and weight.is_cuda and TRITON) or operators._off:
         return False
     from lightning_reg.kernels.spectral_norm import unsupported
 

@@ -5,6 +5,15 @@ torch code does, with one warning that names the reason. ``disabled()``, or ``LI
 environment, switches all kernels off.
 """
 
-from lightning_reg.kernels.operators import Unsupported, disabled, interpreted, operator, unavailable, warn_once
+from lightning_reg.kernels.operators import (
+    Unsupported,
+    compiling,
+    disabled,
+    interpreted,
+    operator,
+    unavailable,
+    warn_once,
+    whole,
+)
 
-__all__ = ["Unsupported", "disabled", "interpreted", "operator", "unavailable", "warn_once"]
+__all__ = ["Unsupported", "compiling", "disabled", "interpreted", "operator", "unavailable", "warn_once", "whole"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 LEAST_CAPABILITY = (8, 0)  # bf16 products
 LIBRARY = torch.library.Library("lightning_reg", "FRAGMENT")
@@ -67,7 +68,7 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
 
         @wraps(eager)
         def call(*args: Any) -> Any:
-            if not torch.compiler.is_compiling():
+            if not compiling():
                 return run(*args)
             if inline or unavailable(_first(args)) is not None:
                 return eager(*args)
@@ -76,6 +77,20 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
         return call
 
     return register
+
+
+def whole(function: Callable) -> Callable:
+    """Let compiled code take ``function`` as one call, and look into it where nothing is guarded any more.
+
+    What torch reads to compile it guards: every function and constant, before each call of a compiled block. Only for
+    functions of tensors, plain numbers and dtypes, which give tensors and depend on nothing else that may change.
+    """
+    return torch.compiler.allow_in_graph(function)
+
+
+def compiling() -> bool:
+    """Whether torch is compiling what runs, by reading it or, in functions that are taken ``whole``, by running it."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
 def unavailable(tensor: Tensor) -> str | None:
@@ -113,7 +128,7 @@ def interpreted() -> Iterator[None]:
 
 def warn_once(text: str) -> None:
     """Warn of a fallback the first time it is taken."""
-    if not torch.compiler.is_compiling() and text not in _warned:
+    if not compiling() and text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=3)
 

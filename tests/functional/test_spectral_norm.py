@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.functional import spectral_norm, spectral_reparam
+from lightning_reg.functional.attention_entropy import entropy_tap
 
 module = sys.modules[spectral_norm.__module__]
 
@@ -130,3 +131,20 @@ def test_power_iteration_approaches_the_leading_pair_from_below() -> None:
         assert all(new >= old - 1e-5 for new, old in zip(sigma, previous))
         previous = sigma
     assert previous == pytest.approx([np.linalg.norm(m.numpy(), 2) for m in matrices], rel=1e-3)
+
+
+def test_compiled_under_autocast_leaves_others_their_precision() -> None:
+    """Its products in full precision must not end the precision of what comes after them."""
+
+    def loss(weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            u = v = torch.full((1, 16), 0.25)
+            queries = torch.nn.functional.linear(x, spectral_reparam(weight, torch.ones(1), u, v))
+            queries = queries.view(2, 5, 2, 8).transpose(1, 2)
+            *_, entropy, _ = entropy_tap(queries, queries * 1.5)
+            return entropy.mean()
+
+    torch.compiler.reset()
+    x, weight = torch.randn(2, 5, 16), torch.randn(16, 16, requires_grad=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(weight), weight)[0] for f in (compiled, loss)))

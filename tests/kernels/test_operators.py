@@ -2,15 +2,21 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from lightning_reg import kernels
-from lightning_reg.kernels import operators
+from lightning_reg.functional.activation_density import density_tap
+from lightning_reg.functional.activation_hoyer import hoyer_tap
+from lightning_reg.functional.activation_l1 import l1_tap
+from lightning_reg.functional.spectral_norm import spectral_reparam
+from lightning_reg.kernels import compiling, operators, whole
 
 calls: list[str] = []
 
@@ -123,3 +129,57 @@ def test_interpreting_needs_the_environment_variable(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), kernels.interpreted():
         pass
+
+
+# --- taken whole -----------------------------------------------------------------------------------------------------
+
+WHOLE: dict[str, tuple[Callable, Callable]] = {
+    "density_tap": (density_tap, lambda x: density_tap(x, epsilon=0.1)),
+    "l1_tap": (l1_tap, lambda x: l1_tap(x, relative=True)),
+    "hoyer_tap": (hoyer_tap, hoyer_tap),
+    "spectral_reparam": (
+        spectral_reparam,
+        lambda x: (spectral_reparam(x, torch.ones(1), torch.full((1, 3), 0.5), torch.full((1, 4), 0.5)), x.sum()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_compiled_code_takes_functions_whole(name: str) -> None:
+    """So that nothing in them is guarded before each call of what was compiled."""
+    function, use = WHOLE[name]
+    targets: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    def loss(x: Tensor) -> Tensor:
+        first, second = use(x)
+        return first.square().sum() + 3 * second
+
+    torch.compiler.reset()
+    x = torch.randn(3, 4, requires_grad=True)
+    grads = [torch.autograd.grad(f(x), x)[0] for f in (torch.compile(loss, fullgraph=True, backend=backend), loss)]
+    torch.testing.assert_close(*grads)
+    assert targets.count(function) == 1
+
+
+def test_functions_taken_whole_know_that_they_are_compiled() -> None:
+    seen = []
+
+    @whole
+    def function(x: Tensor) -> Tensor:
+        seen.append(compiling())
+        return x.sin()
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: function(x).square(), fullgraph=True, backend="aot_eager")
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(compiled(x).sum(), x)
+    assert seen
+    assert all(seen)
+    assert not compiling()
+    seen.clear()
+    function(x)
+    assert seen == [False]
