@@ -433,8 +433,8 @@ def _places(layer: Layer) -> list[int]:
         weight = weight.to_local() if _sharding(weight) else None
     if weight is None or not weight.is_contiguous():
         return [next(_fresh)]
-    u, v = layer.spectral._buffers.values()
-    return [weight.data_ptr(), u.data_ptr(), v.data_ptr()]  # type: ignore[union-attr]
+    buffers = layer.spectral._buffers
+    return [tensor.data_ptr() for tensor in (weight, buffers["u"], buffers["v"])]  # type: ignore[union-attr]
 
 
 _fresh = count(-1, -1)

@@ -84,6 +84,7 @@ def in_place(grad: Tensor) -> Tensor:
 
     Inductor cuts long expressions in two, with a float32 between that fits over nothing: the backward of GELU with a
     penalty in it then needs another tensor of the size of ``grad``. Cut here, both halves are written in its place.
+    Distributed tensors know no such view and stay as they are.
     """
     if compiling() and not hasattr(grad, "full_tensor"):
         return grad.as_strided(grad.shape, grad.stride())

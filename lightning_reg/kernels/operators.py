@@ -104,7 +104,7 @@ def unavailable(tensor: Tensor) -> str | None:
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """No kernel runs inside; compiled code that holds one keeps it."""
+    """No kernel runs inside; code that was compiled outside keeps its own, code compiled inside keeps none."""
     global _off
     before, _off = _off, True
     try:
