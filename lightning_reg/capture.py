@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightning_reg.functional.attention_entropy import MASKED_BIAS
 
 if TYPE_CHECKING:
-    from lightning_reg.engine import Engine, Tap
+    from lightning_reg.engine import Engine, SharedEntropy, Tap
 
 Target = str | type | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target] | None
@@ -533,22 +533,20 @@ class Site:
         self.name, self.label = name, name or type(module).__name__
         self.engine: Engine | None = engine
         self.attention: list[Tap] = []
+        self.entropies: list[SharedEntropy] = []  # the taps of ``attention``, by what they look at
         self.scores: list[Tap] = []
         self.hidden: list[Tap] = []
         self.pre_activation: list[Tap] = []
         self.logits: list[Tap] = []
         self.output: list[Tap] = []
+        self.awake = True  # any tap is to see this step
         self.explicit = False  # the user named it: any softmax in its forward is attention
         self.path = f"{name} {type(module).__name__}"
 
-    @property
-    def awake(self) -> bool:
-        """Whether any tap is to see this step."""
-        return any(tap.awake for attribute in _ROLES.values() for tap in getattr(self, attribute))
-
     def __deepcopy__(self, memo: dict) -> "Site":
         copy = Site.__new__(Site)
-        copy.__dict__.update(self.__dict__, engine=None, **{attribute: [] for attribute in _ROLES.values()})
+        lists = ("entropies", *_ROLES.values())
+        copy.__dict__.update(self.__dict__, engine=None, awake=False, **{attribute: [] for attribute in lists})
         return copy
 
     def __reduce__(self) -> tuple:

@@ -12,7 +12,7 @@ gradient, scaled by the gradient that the joined loss received.
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import wraps
 from types import TracebackType
@@ -63,6 +63,23 @@ class Tap:
         self.shape, self.method = "", ""
         self.deferred = 0  # calls whose gradient is still to be injected by the next join's backward
         self.expected = self.injected = self.collected = 0  # the same for the join whose backward runs
+
+
+class SharedEntropy:
+    """Taps of a site that share one entropy of its attention."""
+
+    def __init__(self, taps: list[Tap]) -> None:
+        self.taps = taps
+        self.top_k, self.query_fraction = taps[0].regularizer.top_k, taps[0].regularizer.query_fraction
+        self.live = self.awake = True  # whether any of them is, at this step
+
+    @staticmethod
+    def among(taps: list[Tap]) -> "list[SharedEntropy]":
+        """The taps of a site, one group for each entropy."""
+        alike: dict[tuple[int, float], list[Tap]] = {}
+        for tap in taps:
+            alike.setdefault((tap.regularizer.top_k or 0, tap.regularizer.query_fraction), []).append(tap)
+        return [SharedEntropy(alike[kind]) for kind in sorted(alike)]
 
 
 class _Join(torch.autograd.Function):
@@ -180,9 +197,8 @@ class Engine:
         site = self.sites[name][1]
         site.explicit |= explicit
         tap = Tap(site, regularizer)
-        taps = site.taps(regularizer.role)
-        taps.append(tap)
-        taps.sort(key=lambda tap: _entropy_kind(tap.regularizer))
+        site.taps(regularizer.role).append(tap)
+        site.entropies = SharedEntropy.among(site.attention)
         return tap
 
     def close(self) -> None:
@@ -260,6 +276,8 @@ class Engine:
         self.scope.clear()
         self.totals.clear()
         self.counts.clear()
+        for _, site in self.sites.values():
+            site.awake = False
         for regularizer, taps in self.taps.items():
             live, awake = regularizer.live, regularizer.awake
             mask = regularizer.batch_mask(batch) if awake else None
@@ -267,6 +285,11 @@ class Engine:
                 tap.records.clear()
                 tap.live, tap.mask, tap.deferred = live, mask, 0
                 tap.awake = awake and not tap.dropped
+                tap.site.awake |= tap.awake
+        for _, site in self.sites.values():
+            for shared in site.entropies:
+                shared.live = any(tap.live for tap in shared.taps)
+                shared.awake = any(tap.awake for tap in shared.taps)
         self.arm()
         self.collecting = True
 
@@ -382,43 +405,43 @@ class Engine:
         arguments: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         mode = self._mode()
         self._note_compiling()
-        awake = mode is not Mode.SKIP and site.awake
-        groups = list(_by_entropy(site.attention)) if awake else []
-        if awake:
-            query, key = capture.broadcast_leading(query, key, enable_gqa)
+        if mode is Mode.SKIP or not site.awake:
+            return capture.plain_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **arguments)
+        query, key = capture.broadcast_leading(query, key, enable_gqa)
+        if site.scores:
             query = self._see_call(mode, site, query, False, key=key, attn_mask=attn_mask, **arguments)
         # an additive mask is no part of the scores that are sized
-        sized = awake and any(tap.awake and tap.regularizer.sizes for tap in site.scores)
+        sized = any(tap.awake and tap.regularizer.sizes for tap in site.scores)
         in_one = sized and (attn_mask is None or attn_mask.dtype == torch.bool)
-        valid = capture.visible_padding(query, key, attn_mask) if groups else None
+        entropies = site.entropies
+        valid = capture.visible_padding(query, key, attn_mask) if entropies else None
         # what a captured graph reads must be computed in it
         fresh = torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing())
         counts = None if fresh else self.counts
-        last = next((taps for taps in reversed(groups) if any(tap.live for tap in taps)), None)
+        last = next((shared for shared in reversed(entropies) if shared.live), None)
         output = largest = None
-        for taps in groups:
-            live = any(tap.live for tap in taps)
-            if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
+        for shared in entropies:
+            if not shared.live and (mode is Mode.REPEAT or not shared.awake):
                 continue
-            top_k, fraction = taps[0].regularizer.top_k, taps[0].regularizer.query_fraction
+            taps, top_k, fraction = shared.taps, shared.top_k, shared.query_fraction
             rows = None if fraction == 1 else sampled_rows(query.shape[-2], fraction, self.shift.to(query.device))
-            if taps is last:
+            if shared is last:
                 output, entropy, visible, largest = attention_tap(
                     query, key, value, attn_mask, dropout_p=dropout_p, top_k=top_k, rows=rows, sized=in_one,
                     counts=counts, attention=capture.plain_attention, **arguments,
                 )  # fmt: skip
                 (output,) = self._see_entropy(mode, taps, (output,), entropy, visible, valid, rows)
             else:
-                with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                with torch.set_grad_enabled(shared.live and torch.is_grad_enabled()):
                     q, k, m, entropy, visible = entropy_tap(
                         query, key, attn_mask, top_k=top_k, rows=rows, counts=counts, **arguments
                     )
-                if live:
+                if shared.live:
                     query, key, attn_mask = q, k, m
                 (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid, rows)
             # compiled code must not read what it would then guard
             if torch.compiler.is_compiling() or not taps[0].shape:
-                shown = value if taps is last else None
+                shown = value if shared is last else None
                 path = attention_path(query, key, shown, attn_mask, dropout_p, is_causal, top_k)
                 for tap in taps:
                     tap.method = f"scaled_dot_product_attention, {path}"
@@ -446,14 +469,14 @@ class Engine:
         valid = capture.padding_free(scores.detach() > MASKED_BIAS, scores.shape[-1]) if square else None
         probs: Tensor | None = None
         # the live ones last: the model goes on with the probabilities of the last, joined to its entropy
-        for taps in sorted(_by_entropy(site.attention), key=lambda taps: any(tap.live for tap in taps)):
-            live = any(tap.live for tap in taps)
-            if not live and (mode is Mode.REPEAT or not any(tap.awake for tap in taps)):
+        for shared in sorted(site.entropies, key=lambda shared: shared.live):
+            if not shared.live and (mode is Mode.REPEAT or not shared.awake):
                 continue
-            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-                seen, entropy, visible = scores_tap(scores, dim=dim, dtype=dtype, top_k=taps[0].regularizer.top_k)
+            taps = shared.taps
+            with torch.set_grad_enabled(shared.live and torch.is_grad_enabled()):
+                seen, entropy, visible = scores_tap(scores, dim=dim, dtype=dtype, top_k=shared.top_k)
             (seen,) = self._see_entropy(mode, taps, (seen,), entropy, visible, valid)
-            if live:
+            if shared.live:
                 # an injected gradient needs a way to the loss: keep that of the probabilities left behind
                 probs = seen if probs is None else _Through.apply(seen, probs)
             if not torch.compiler.is_compiling() and not taps[0].shape:
@@ -717,19 +740,6 @@ class regularize:
                 callback.after_step(self.model)
             Engine.of(self.model).move(self.step)
             self._begin()
-
-
-def _entropy_kind(regularizer: "Observer") -> tuple[int, float]:
-    return regularizer.top_k or 0, regularizer.query_fraction
-
-
-def _by_entropy(taps: list[Tap]) -> Iterator[list[Tap]]:
-    """Taps that share one entropy."""
-    start = 0
-    for end in range(1, len(taps) + 1):
-        if end == len(taps) or _entropy_kind(taps[end].regularizer) != _entropy_kind(taps[start].regularizer):
-            yield taps[start:end]
-            start = end
 
 
 def _at(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:

@@ -36,22 +36,26 @@ class Launch:
         self._arguments = [*arguments, *(named[name] for name in own)]
         self._places = [place for place, argument in enumerate(self._arguments) if argument is TENSOR]
         self._compiled: Any = None
+        self._device = 0  # that of the tensors
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on ``tensors``, or descriptors of tensors, one for each place."""
-        arguments, addresses = self._arguments.copy(), 0
+        arguments, bits = self._arguments.copy(), 0
         for place, tensor in zip(self._places, tensors, strict=True):
-            arguments[place] = tensor
-            addresses |= tensor.data_ptr() if isinstance(tensor, Tensor) else 0
-        if addresses % ALIGNED:
-            self._kernel[self._grid](*arguments, **self._options)
+            if not isinstance(tensor, Tensor):
+                arguments[place] = tensor
+                continue
+            # a number Triton takes as it is; a tensor it asks for its address, and the driver where that lies
+            arguments[place] = address = tensor.data_ptr()
+            bits |= address if tensor.is_cuda else 1
+        if self._compiled is None or bits % ALIGNED:
+            for place, tensor in zip(self._places, tensors, strict=True):
+                arguments[place] = tensor
+            compiled = self._kernel[self._grid](*arguments, **self._options)
+            if not bits % ALIGNED:
+                self._compiled, self._device = compiled, triton.runtime.driver.active.get_current_device()
             return
-        if self._compiled is None:
-            self._compiled = self._kernel[self._grid](*arguments, **self._options)
-            return
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
-        kernel = self._compiled
+        kernel, stream = self._compiled, triton.runtime.driver.active.get_current_stream(self._device)
         # as Triton itself launches, with nobody to be told of it
         kernel.run(*self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
 

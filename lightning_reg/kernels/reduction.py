@@ -63,8 +63,11 @@ def means(
     partials = [x.new_empty(count, dtype=torch.float32) for _ in range(1 + square)]
     if launch is not None:
         launch(*_given(x, _bytes(mask), inverse), partials[0], partials[-1])
-    total = max(1, x.numel()) if mask is None else (mask.sum() * x.shape[-1]).clamp_min_(1)
-    return [partial.sum() / total for partial in partials]
+    sums = [partial.sum() for partial in partials]
+    if mask is None:  # the kernel has divided already
+        return sums
+    count = (mask.sum() * x.shape[-1]).clamp_min_(1)
+    return [total / count for total in sums]
 
 
 @lru_cache(MOST_PLANS)
@@ -72,15 +75,19 @@ def _sums(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, quantity: str, square: bool, masked: bool,
     scaled: bool, fixed: float, floor: float | None,
 ) -> tuple[int, Launch | None]:  # fmt: skip
-    """Number of the partial sums, and the launch that writes them; none where there is nothing to add."""
+    """Number of the partial sums, and the launch that writes them; none where there is nothing to add.
+
+    Without a mask, which tells how many elements count, they are divided by the size of x.
+    """
     rows, width, tile = _layout(shape, masked, SUM_TILE)
     count = triton.cdiv(triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]), SUM_TILES) if shape.numel() else 0
     if not count:
         return 0, None
     launch = Launch(
         _sum_kernel, (count,), TENSOR, TENSOR if masked else None, TENSOR if scaled else None, TENSOR, TENSOR,
-        rows, width, fixed, 0.0 if floor is None else floor, QUANTITY=quantity, SQUARE=square, MASKED=masked,
-        SCALED=scaled, FLOOR=floor is not None, TILES=SUM_TILES, ROWS=tile[0], COLUMNS=tile[1], num_warps=SUM_WARPS,
+        rows, width, fixed, 0.0 if floor is None else floor, 1.0 if masked else 1 / shape.numel(), QUANTITY=quantity,
+        SQUARE=square, MASKED=masked, SCALED=scaled, FLOOR=floor is not None, TILES=SUM_TILES, ROWS=tile[0],
+        COLUMNS=tile[1], num_warps=SUM_WARPS,
     )  # fmt: skip
     return count, launch
 
@@ -192,7 +199,7 @@ def _above(x, floor, FLOOR: tl.constexpr):
 
 @triton.jit
 def _sum_kernel(
-    x_ptr, mask_ptr, inverse_ptr, partial_ptr, square_ptr, rows, width, fixed, floor, QUANTITY: tl.constexpr,
+    x_ptr, mask_ptr, inverse_ptr, partial_ptr, square_ptr, rows, width, fixed, floor, share, QUANTITY: tl.constexpr,
     SQUARE: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, TILES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -215,9 +222,9 @@ def _sum_kernel(
             total += x * x
         if SQUARE:
             square += x * x
-    tl.store(partial_ptr + program, tl.sum(total))
+    tl.store(partial_ptr + program, tl.sum(total) * share)
     if SQUARE:
-        tl.store(square_ptr + program, tl.sum(square))
+        tl.store(square_ptr + program, tl.sum(square) * share)
 
 
 @triton.jit

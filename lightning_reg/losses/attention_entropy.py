@@ -114,9 +114,11 @@ class AttentionEntropyLoss(nn.Module):
             ``(penalty, value)``, scalars: what to minimise, and the mean entropy in the chosen unit, detached. Both
             are 0 when no row is valid.
         """
-        mean = self._mean(entropy, visible, valid)
         if self.objective in _LINEAR:
-            return mean if self.objective == "minimize" else -mean, mean.detach()
+            sign = 1.0 if self.objective == "minimize" else -1.0
+            penalty = self._mean(entropy, visible, valid, sign)
+            return penalty, penalty.detach() if sign > 0 else -penalty.detach()
+        mean = self._mean(entropy.detach(), visible, valid)
         counted = rows_with_choice(entropy, visible, self.normalize)
         if valid is not None:
             counted = counted & valid
@@ -125,19 +127,22 @@ class AttentionEntropyLoss(nn.Module):
         if self.level != "query":
             axes = _averaged_axes(entropy, self.level)
             entropy, counted = masked_mean(entropy, counted, self.level), counted.any(axes)
-        return masked_mean(self._hinge(entropy), counted, "site"), mean.detach()
+        return masked_mean(self._hinge(entropy), counted, "site"), mean
 
-    def _mean(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None) -> Tensor:
-        """Mean entropy of the counted rows, in the chosen unit."""
-        if valid is None and isinstance(visible, int) and entropy.numel():
-            return normalize_entropy(entropy.mean(), visible) if self.normalize else entropy.mean()
+    def _mean(self, entropy: Tensor, visible: Tensor | int, valid: Tensor | None, sign: float = 1.0) -> Tensor:
+        """``sign`` times the mean entropy of the counted rows, in the chosen unit."""
+        if valid is None and isinstance(visible, int) and entropy.numel() and (visible > 1 or not self.normalize):
+            # one product: a mean, a quotient and a sign would be three more operations in each layer's backward
+            return entropy.sum() * (sign / entropy.numel() / (math.log(visible) if self.normalize else 1.0))
         if valid is None and isinstance(visible, Tensor) and not torch.compiler.is_compiling():
             counted, weights = _row_weights(visible, entropy.dtype, self.normalize)
-            return (torch.where(counted, entropy, 0.0) * weights).sum()
-        counted = rows_with_choice(entropy, visible, self.normalize)
-        if valid is not None:
-            counted = counted & valid
-        return masked_mean(normalize_entropy(entropy, visible) if self.normalize else entropy, counted, "site")
+            mean = (torch.where(counted, entropy, 0.0) * weights).sum()
+        else:
+            counted = rows_with_choice(entropy, visible, self.normalize)
+            if valid is not None:
+                counted = counted & valid
+            mean = masked_mean(normalize_entropy(entropy, visible) if self.normalize else entropy, counted, "site")
+        return mean if sign > 0 else -mean
 
     def extra_repr(self) -> str:
         """Arguments, as torch prints modules."""
