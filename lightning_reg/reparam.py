@@ -10,9 +10,11 @@ when the fit ends.
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count, takewhile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,13 +26,17 @@ from torch.nn.utils import parametrize
 
 from lightning_reg import capture, classes
 from lightning_reg.capture import Targets
+from lightning_reg.functional._fusing import saving_is_hooked
 from lightning_reg.functional.spectral_norm import (
+    MOST_JOINT,
+    JointReparam,
     PowerIteration,
     leading_singular_triplet,
     rayleigh,
     spectral_reparam,
     weight_matrices,
 )
+from lightning_reg.kernels import Unsupported, unavailable, warn_of_failure
 
 Init = Literal["preserve", "one"]
 FusedQKV = Literal["split", "fused"]
@@ -61,6 +67,7 @@ class SpectralParametrization(nn.Module):
         self.casts = False  # all that use the weight would cast it under autocast
         self.plain_keys = True  # state_dict() shows the weight in use under its plain name
         self.updates: Updates | None = None  # of a hand-written loop, on the first layer of the model
+        self.bundle: Bundle | None = None  # weights that are computed at once with this one
         self.manager = ""  # name of the callback that updates u and v
         self.adopted = False  # attached by the user, not by that callback
 
@@ -69,6 +76,10 @@ class SpectralParametrization(nn.Module):
         cast = self.casts and weight.is_cuda and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if cast and weight.dtype == torch.float32 else weight.dtype
         if self.training:
+            if not torch.compiler.is_compiling() and self.bundle is not None:
+                found = self.bundle.take(self, weight, dtype)
+                if found is not None:
+                    return found
             return spectral_reparam(weight, self.gain, self.u, self.v, self.transposed, dtype)
         return self.folded(weight, dtype)
 
@@ -244,9 +255,11 @@ def attach(
                 spectral.casts = all(_casts(owner) for _, owner, _ in owners)
             spectral.manager = spectral.manager or manager
             plan[id(weight)] = (spectral, owners)
-    return [
+    layers = [
         _register(name, owner, tensor, spectral) for spectral, owners in plan.values() for name, owner, tensor in owners
     ]
+    _bundle(layers)
+    return layers
 
 
 def select_owners(targets: Targets, modules: dict[str, nn.Module], lenient: bool) -> set[str]:
@@ -394,6 +407,151 @@ def _in_use(tensor: str) -> property:
     return property(in_use)
 
 
+# --- weights of a block at once --------------------------------------------------------------------------------------
+
+LARGEST = 1 << 22  # elements of a weight that is computed with others; a larger one keeps a GPU busy by itself
+MOST_MOVES = 8  # how often weights may be found elsewhere in memory before they are left alone
+_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+
+
+class Bundle:
+    """Small weights of one block, all computed when the first is asked for.
+
+    On a slow host a launch and a node of autograd cost more than the arithmetic of a layer. Each result is handed out
+    once, within the forward it was computed in: what is asked for again is computed alone until a backward or an update
+    of u and v has ended that forward, and then all anew. Alone is computed also what no kernel can, and everything
+    under activation checkpoints, which repeat a part of a forward by itself.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = {layer.spectral: layer for layer in layers}
+        for spectral in self._layers:
+            spectral.bundle = self
+        self._joints: dict[torch.dtype, JointReparam] = {}
+        self._moves = 0
+        self._waiting: dict[SpectralParametrization, tuple[list[int], Tensor]] = {}  # what it was made of, result
+        self._unasked: set[SpectralParametrization] = set()
+        self._number, self._ended = 0, True
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return _no_bundle, ()
+
+    def take(self, spectral: SpectralParametrization, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The weight in use in ``dtype``; None where it is to be computed alone."""
+        if spectral not in self._layers or not _can_be_joint(weight):
+            return None
+        source, result = self._waiting.pop(spectral, (None, None))
+        if result is None or result.dtype != dtype or source != _source(weight, spectral):
+            if not self._ended and self._unasked - {spectral}:
+                return None
+            self._begin(spectral, weight, dtype)
+            _, result = self._waiting.pop(spectral, (None, None))
+        self._unasked.discard(spectral)
+        return result
+
+    def end(self) -> None:
+        """The forward is over, or u and v are other ones."""
+        self._waiting.clear()
+        self._ended = True
+
+    def leave(self, spectral: SpectralParametrization) -> None:
+        """Have a weight computed alone from now on."""
+        if self._layers.pop(spectral, None) is not None:
+            spectral.bundle = None
+        self._waiting.pop(spectral, None)
+        self._joints.clear()
+
+    def _begin(self, spectral: SpectralParametrization, weight: Tensor, dtype: torch.dtype) -> None:
+        for other in self._unasked - {spectral}:
+            self.leave(other)  # a forward had no use for it
+        layers = [layer for layer in self._layers.values() if _can_be_joint(layer.original)]
+        self._unasked = {layer.spectral for layer in layers}
+        joint = self._joint(layers, dtype) if len(layers) > 1 and self._layers[spectral].original is weight else None
+        if joint is None:
+            self._unasked.clear()
+            return
+        self._number, self._ended = self._number + 1, False
+        try:
+            results = joint(partial(_end, weakref.ref(self), self._number))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warn_of_failure("the weights of sigma-Reparam one by one", error)
+            return self._dissolve()
+        self._waiting = {
+            layer.spectral: (_source(layer.original, layer.spectral), result)
+            for layer, result in zip(layers, results, strict=True)
+        }
+
+    def _joint(self, layers: list[Layer], dtype: torch.dtype) -> JointReparam | None:
+        operands = [_operand(layer) for layer in layers]
+        joint = self._joints.get(dtype)
+        if joint is not None and joint.is_of(operands):
+            return joint
+        if operands[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # a captured graph cannot copy the table of addresses
+        self._moves += joint is not None
+        try:
+            if self._moves > MOST_MOVES:
+                raise Unsupported("the weights move about")
+            self._joints[dtype] = JointReparam(operands, dtype)
+        except Unsupported:
+            self._dissolve()
+        return self._joints.get(dtype)
+
+    def _dissolve(self) -> None:
+        for spectral in list(self._layers):
+            self.leave(spectral)
+
+
+def _no_bundle() -> None:
+    return None
+
+
+def _end(bundle: "weakref.ref[Bundle]", number: int) -> None:
+    # a backward of the forward that bundle is in, not of an earlier one
+    if (found := bundle()) is not None and found._number == number:
+        found.end()
+
+
+def _can_be_joint(weight: Tensor) -> bool:
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.requires_grad
+    return plain and torch.is_grad_enabled() and unavailable(weight) is None and not saving_is_hooked()
+
+
+def _operand(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    spectral: Any = layer.spectral
+    parameters, buffers = spectral._parameters, spectral._buffers
+    return layer.original, parameters["gain"], buffers["u"], buffers["v"], spectral.transposed
+
+
+def _source(weight: Tensor, spectral: SpectralParametrization) -> list[int]:
+    """Changes where a weight or its gain is another, or is changed in place."""
+    gain: Any = spectral._parameters["gain"]
+    return [id(weight), weight._version, id(gain), gain._version]
+
+
+def _bundle(layers: list[Layer]) -> None:
+    """Join the small weights of each block: what has the same number in its name.
+
+    Tied weights and those of ``nn.MultiheadAttention``, which are asked for several times in a forward, stay alone.
+    """
+    uses = Counter(layer.spectral for layer in layers)
+    blocks: dict[Any, list[Layer]] = {}
+    for layer in layers:
+        block, weight = _BLOCK.match(layer.key), layer.original
+        alone = uses[layer.spectral] > 1 or isinstance(layer.owner, nn.MultiheadAttention) or weight.numel() > LARGEST
+        if block and not alone:
+            blocks.setdefault((block.group(), weight.dtype, layer.spectral.casts), []).append(layer)
+    for members in blocks.values():
+        for start in range(0, len(members), MOST_JOINT):
+            if len(chosen := members[start : start + MOST_JOINT]) > 1:
+                Bundle(chosen)
+
+
 # --- update ----------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +562,7 @@ class Updates:
         self.layers = layers
         self._places: list[int] = []
         self._iterations: list[PowerIteration] = []
+        self._bundles: set[Any] = set()
 
     @staticmethod
     def of(layers: list[Layer]) -> "Updates":
@@ -422,8 +581,11 @@ class Updates:
         places = [place for layer in self.layers for place in _places(layer)]
         if places != self._places:
             self._iterations, self._places = _iterations(self.layers), places
+            self._bundles = {layer.spectral.bundle for layer in self.layers} - {None}
         for iteration in self._iterations:
             iteration.step()
+        for bundle in self._bundles:
+            bundle.end()
 
 
 def _places(layer: Layer) -> list[int]:
@@ -528,6 +690,8 @@ def merge_layers(layers: list[Layer]) -> list[str]:
                 "consolidate it, and use `fold_checkpoint`."
             )
     for layer in unique_layers(layers):
+        if layer.spectral.bundle is not None:
+            layer.spectral.bundle.leave(layer.spectral)
         layer.original.copy_(layer.spectral.folded(layer.original))
     for owner in {id(layer.owner): layer.owner for layer in layers}.values():
         _restore(owner, [layer.tensor for layer in layers if layer.owner is owner])

@@ -46,7 +46,7 @@ def producer(x: Tensor) -> tuple[str, tuple[Tensor, ...]]:
     """
     if compiling() or not (torch.is_grad_enabled() and x.requires_grad) or not _untouched(x):
         return "", ()
-    if unavailable(x) is not None or _saving_is_hooked():
+    if unavailable(x) is not None or saving_is_hooked():
         return "", ()
     name, pre = _activation(x)
     if pre is not None:
@@ -119,7 +119,7 @@ def _saved(node: Any, name: str) -> Tensor | None:
     return None
 
 
-def _saving_is_hooked() -> bool:
+def saving_is_hooked() -> bool:
     """Whether a checkpoint or the like decides what is kept, which repeats the forward if one tries to read it."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return hooks is None or hooks(True) is not None  # before torch 2.8 nothing tells

@@ -30,16 +30,26 @@ Not together with
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_reg.kernels import operators
-from lightning_reg.kernels.operators import Unsupported, compiling, operator, unavailable, warn_once, whole
+from lightning_reg.kernels.operators import (
+    Unsupported,
+    compiling,
+    operator,
+    unavailable,
+    warn_of_failure,
+    warn_once,
+    whole,
+)
 
 GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram matrix is the cheaper exact way
 TINY = 1e-30
+MOST_JOINT = 8  # weights that are computed at once, as in ``kernels.spectral_norm``
 TRITON = find_spec("triton") is not None
 
 
@@ -232,7 +242,7 @@ class _WholeStep:
                 raise
             except Exception as error:
                 self.kernels = ()
-                _warn_of_torch(f"its kernel failed with {type(error).__name__}: {str(error)[:300]}")
+                warn_of_failure("power iteration in plain torch", error)
         torch_code()
 
     def _kernels(self) -> tuple[Callable[[], None], ...]:
@@ -292,6 +302,108 @@ def weight_matrices(weight: Tensor, parts: int = 1, transposed: bool = False) ->
     """View a weight as (parts, rows, columns), rows along the output axis."""
     weight = weight.t() if transposed else weight
     return weight.reshape(parts, weight.shape[0] // parts, -1)
+
+
+class JointReparam:
+    """``spectral_reparam`` of several weights at once, where kernels can run: one autograd node for all.
+
+    What it returns belongs together no closer than weights of their own: each can be used or left, and a gradient may
+    come to some of them before the others.
+
+    Args:
+        operands: ``(weight, gain, u, v, transposed)`` of each weight, of the same dtypes and on one device.
+        dtype: Of the weights in use.
+
+    Raises:
+        Unsupported: If the kernels cannot take them.
+    """
+
+    def __init__(self, operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, bool]], dtype: torch.dtype) -> None:
+        from lightning_reg.kernels.spectral_norm import Together
+
+        self.operands, self.kernels = operands, Together(operands, dtype)
+        self.addresses = self._where()
+
+    def is_of(self, operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, bool]]) -> bool:
+        """Whether these are the tensors, where they were."""
+        own = (tensor for operand in self.operands for tensor in operand)
+        return all(a is b for a, b in zip(own, chain.from_iterable(operands), strict=True)) and self.stands()
+
+    def stands(self) -> bool:
+        """Whether all tensors still lie where they did."""
+        return self.addresses == self._where()
+
+    def versions(self) -> list[int]:
+        """Numbers that grow with each change in place."""
+        return [tensor._version for operand in self.operands for tensor in operand[:4]]
+
+    def __call__(self, finished: Callable[[], None]) -> tuple[Tensor, ...]:
+        """The weights in use; ``finished`` is called when a backward comes to one of them."""
+        weights, gains = ([operand[place] for operand in self.operands] for place in (0, 1))
+        return _JointReparam.apply(self, finished, *weights, *gains)  # type: ignore[return-value]
+
+    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]] | None:
+        """Of weights and gains, from those of the weights in use and what the forward summed; None if it fails."""
+        arrived = next(grad for grad in grads if grad is not None)
+        # of what has not come any gradient will do: the result is not looked at
+        filled = [
+            torch.empty_like(operand[0], dtype=arrived.dtype) if grad is None else grad
+            for operand, grad in zip(self.operands, grads, strict=True)
+        ]
+        try:
+            return self.kernels.gradients(filled, sums)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warn_of_failure("the gradients of sigma-Reparam in plain torch", error)
+            return None
+
+    def _where(self) -> list[int]:
+        return [tensor.data_ptr() for operand in self.operands for tensor in operand[:4]]
+
+
+class _JointReparam(torch.autograd.Function):
+    """Keeps the tensors itself: a part of the gradients may come in one backward, the others in the next."""
+
+    @staticmethod
+    def forward(ctx: Any, joint: JointReparam, finished: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        scaled, ctx.sums = joint.kernels.scaled()
+        ctx.joint, ctx.finished, ctx.versions = joint, finished, joint.versions()
+        ctx.set_materialize_grads(False)
+        return tuple(scaled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        joint: JointReparam = ctx.joint
+        ctx.finished()
+        if joint.versions() != ctx.versions:
+            raise RuntimeError(
+                "a weight, gain or singular vector of sigma-Reparam was changed in place between forward and backward; "
+                "step the optimizer after the backward."
+            )
+        found = None
+        if not torch.is_grad_enabled() and joint.stands():
+            found = joint.gradients(grads, ctx.sums)
+        if found is None:
+            found = _joint_gradients(joint, grads)
+        for_weights, for_gains = (
+            [None if grad is None else own for own, grad in zip(column, grads, strict=True)] for column in found
+        )
+        return None, None, *for_weights, *for_gains
+
+
+def _joint_gradients(joint: JointReparam, grads: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+    """In torch, of which a second derivative can be taken."""
+    found: tuple[list[Any], list[Any]] = [], []
+    for (weight, gain, u, v, transposed), grad in zip(joint.operands, grads, strict=True):
+        pair: tuple[Any, Any] = (None, None)
+        if grad is not None:
+            with _full_precision(weight):
+                sigmas = _sigmas(_parts(weight, gain, u, v, transposed))
+            pair = _gradients(grad, weight, gain, u, v, sigmas, transposed)
+        found[0].append(pair[0])
+        found[1].append(pair[1])
+    return found
 
 
 class _SpectralReparam(torch.autograd.Function):

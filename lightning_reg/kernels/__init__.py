@@ -12,8 +12,19 @@ from lightning_reg.kernels.operators import (
     interpreted,
     operator,
     unavailable,
+    warn_of_failure,
     warn_once,
     whole,
 )
 
-__all__ = ["Unsupported", "compiling", "disabled", "interpreted", "operator", "unavailable", "warn_once", "whole"]
+__all__ = [
+    "Unsupported",
+    "compiling",
+    "disabled",
+    "interpreted",
+    "operator",
+    "unavailable",
+    "warn_of_failure",
+    "warn_once",
+    "whole",
+]

@@ -57,7 +57,7 @@ def operator(kernel: str, *, fake: Callable | None = None, inline: bool = False)
                     raise
                 except Exception as error:
                     _failed[_key(kernel, args)] = f"{type(error).__name__}: {error}"
-                    _warn(name, f"its kernel failed with {type(error).__name__}: {str(error)[:300]}")
+                    warn_of_failure(f"{name} in plain torch", error)
             return eager(*args)
 
         # as `torch.library.custom_op` does, without its wrapper for autograd, which costs more than many a kernel
@@ -131,6 +131,12 @@ def warn_once(text: str) -> None:
     if not compiling() and text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=3)
+
+
+def warn_of_failure(what: str, error: Exception) -> None:
+    """Warn of a kernel that did not compile or launch, and of ``what`` is computed in its place, and how."""
+    reason = f"its kernel failed with {type(error).__name__}: {str(error)[:300]}"
+    warn_once(f"lightning_reg computes {what}, which is exact but slower, because {reason}.")
 
 
 def _launcher(kernel: str, args: tuple, tensor: Tensor) -> Callable | None:

@@ -1,4 +1,4 @@
-"""Triton kernels of sigma-Reparam: scale and cast a weight, its gradient, and one power iteration of many weights.
+"""Triton kernels of sigma-Reparam: scale and cast one weight or several, their gradients, power iteration of many.
 
 A part of a weight lies in memory as M rows of N adjacent columns, LD apart. ``left`` (M) and ``right`` (N) are its
 vectors: u and v, or v and u where the output axis is the last. Sums go through memory in a fixed order, so that two
@@ -19,7 +19,7 @@ from lightning_reg.kernels.launching import TENSOR, Launch
 from lightning_reg.kernels.operators import Unsupported, on_device
 
 TILE, WIDEST, WARPS = 2048, 256, 4  # elements of a tile, its most columns, warps for each
-PARTIALS = 512  # most partial sums of a part: each program that scales adds them all up
+PARTIALS, JOINT_PARTIALS = 512, 128  # most partial sums of a part: each program that scales adds them all up
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WARPS = 16, 256, 8  # of the power iteration
 REDUCE_BLOCKS, REDUCE_COLUMNS = 32, 128
 NORM = 1024
@@ -60,13 +60,12 @@ def scaled_weight_gradients(
 class _Plan:
     """How the parts of a weight are cut into tiles, and the launches over them."""
 
-    def __init__(self, rows: int, columns: int, parts: int, transposed: bool) -> None:
+    def __init__(self, parts: int, rows: int, columns: int, leading: int, step: int) -> None:
         width = min(WIDEST, triton.next_power_of_2(max(columns, 1)))
         height = TILE // width
         across = max(1, triton.cdiv(columns, width))
         tiles = max(1, triton.cdiv(rows, height) * across)  # one program writes the scalars of an empty weight
         count = min(tiles, PARTIALS)
-        leading, step = (columns * parts, columns) if transposed else (columns, rows * columns)
         self.sizes = sizes = (rows, columns, leading, step, across)
         self.tile: dict[str, Any] = {"BM": height, "BN": width, "num_warps": WARPS}
         self.summed = self.tile | {"PARTIALS": triton.next_power_of_2(count)}
@@ -87,9 +86,15 @@ def _plan(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, transposed: bool, 
         raise Unsupported(reason)
     key = u.shape, v.shape, transposed, weight.dtype, gain.dtype, dtype, weight.device
     if (plan := _plans.get(key)) is None:
-        rows, columns = (v.shape[1], u.shape[1]) if transposed else (u.shape[1], v.shape[1])
-        plan = _plans[key] = _Plan(rows, columns, len(u), transposed)
+        plan = _plans[key] = _Plan(len(u), *_sizes(u, v, transposed))
     return plan
+
+
+def _sizes(u: Tensor, v: Tensor, transposed: bool) -> tuple[int, int, int, int]:
+    """M, N and LD of each part, and how far it is to the next."""
+    if transposed:
+        return v.shape[1], u.shape[1], u.numel(), u.shape[1]
+    return u.shape[1], v.shape[1], v.shape[1], u.shape[1] * v.shape[1]
 
 
 def unsupported(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> str | None:
@@ -217,6 +222,193 @@ def compiled_scaled_weight_gradients(
         grad, gain, left, right, partials, sigmas, for_weight, for_gain, plan.count, *plan.sizes, **plan.summed
     )
     return for_weight, for_gain
+
+
+# --- several weights at once -----------------------------------------------------------------------------------------
+
+MEMBERS = 8  # weights of one launch at most: where they go, and their gradients, are arguments of the kernels
+
+
+class Together:
+    """``scaled_weight`` and its gradients of several weights, in as many launches as one weight takes.
+
+    The kernels find the parts of all weights through a table of their addresses, which is made once.
+
+    Args:
+        operands: ``(weight, gain, u, v, transposed)`` of each, as ``scaled_weight`` takes them, of the same dtypes and
+            on one device; at most ``MEMBERS``.
+        dtype: Of the weights in use.
+
+    Raises:
+        Unsupported: If the kernels cannot take them.
+    """
+
+    def __init__(self, operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, bool]], dtype: torch.dtype) -> None:
+        for weight, gain, u, v, _ in operands:
+            if reason := unsupported(weight, gain, u, v, dtype):
+                raise Unsupported(reason)
+        if len({(weight.dtype, gain.dtype, weight.device) for weight, gain, *_ in operands}) > 1:
+            raise Unsupported("weights or gains differ in dtype or device")
+        self.weights, self.gains = [operand[0] for operand in operands], [operand[1] for operand in operands]
+        self.dtype, self.parts = dtype, [len(gain) for gain in self.gains]
+        device, element = self.weights[0].device, _TYPES[self.weights[0].dtype]
+        shapes = [_sizes(u, v, transposed) for _, _, u, v, transposed in operands]
+        width = min(WIDEST, triton.next_power_of_2(max(1, *(columns for _, columns, _, _ in shapes))))
+        height = TILE // width
+        across = [max(1, triton.cdiv(columns, width)) for _, columns, _, _ in shapes]
+        tiles = [max(1, triton.cdiv(rows, height) * n) for (rows, *_), n in zip(shapes, across)]
+        counts = [min(n, JOINT_PARTIALS) for n in tiles]
+        each = [member for member, parts in enumerate(self.parts) for _ in range(parts)]
+        firsts = _starts([counts[member] for member in each]), _starts([tiles[member] for member in each])
+        rows = []
+        for row, member in enumerate(each):
+            weight, gain, u, v, transposed = operands[member]
+            height_, columns, leading, step = shapes[member]
+            part = row - each.index(member)
+            left, right = (v, u) if transposed else (u, v)
+            addresses = [
+                tensor.data_ptr() + part * distance * tensor.element_size()
+                for tensor, distance in ((weight, step), (gain, 1), (left, height_), (right, columns))
+            ]
+            place = (part * step, member, firsts[0][row], counts[member], firsts[1][row])
+            rows.append((*addresses, height_, columns, leading, across[member], *place))
+        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.rows, self.partials = len(rows), sum(counts[member] for member in each)
+        self.summing = _owners([counts[member] for member in each], device)
+        self.scaling = _owners([tiles[member] for member in each], device)
+        grids = (len(self.summing),), (len(self.scaling),)
+        tile: dict[str, Any] = {"ELEMENT": element, "BM": height, "BN": width, "num_warps": WARPS}
+        summed = tile | {"GAIN": _TYPES[self.gains[0].dtype], "PARTIALS": triton.next_power_of_2(max(counts))}
+        total = self.partials
+        self.bilinear = Launch(_joint_bilinear_kernel, grids[0], *[TENSOR] * 3, **tile)
+        self.scale = Launch(_joint_scale_kernel, grids[1], *[TENSOR] * (3 + MEMBERS), total, **summed)
+        self.inner = Launch(_joint_inner_kernel, grids[0], *[TENSOR] * (3 + MEMBERS), **tile)
+        self.gradient = Launch(_joint_gradient_kernel, grids[1], *[TENSOR] * (5 + 2 * MEMBERS), total, **summed)
+
+    def scaled(self) -> tuple[list[Tensor], Tensor]:
+        """The weights in use, and partial sums with sigma of every part at the end, float32."""
+        outputs = [torch.empty_like(weight, dtype=self.dtype) for weight in self.weights]
+        sums = torch.empty(self.partials + self.rows, dtype=torch.float32, device=self.table.device)
+        with on_device(self.table):
+            self.bilinear(self.table, self.summing, sums)
+            self.scale(self.table, self.scaling, sums, *_padded(outputs))
+        return outputs, sums
+
+    def gradients(self, grads: Sequence[Tensor], sums: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of weights and of gains, in their dtypes, from those of the weights in use."""
+        grads = [grad.contiguous() for grad in grads]
+        for_weights = [torch.empty_like(weight) for weight in self.weights]
+        for_gains = self.gains[0].new_empty(self.rows)
+        partials = torch.empty(self.partials, dtype=torch.float32, device=self.table.device)
+        with on_device(self.table):
+            self.inner(self.table, self.summing, partials, *_padded(grads))
+            self.gradient(self.table, self.scaling, partials, sums, for_gains, *_padded(grads), *_padded(for_weights))
+        return for_weights, list(for_gains.split(self.parts))
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    return [*tensors, *tensors[:1] * (MEMBERS - len(tensors))]
+
+
+JOINT_FIELDS = tl.constexpr(13)  # W, gain, left, right, M, N, LD, across, offset, member, first sum, sums, first tile
+
+
+@triton.jit
+def _joint_sizes(entry):
+    return tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), tl.load(entry + 7)
+
+
+@triton.jit
+def _joint_vectors(entry):
+    left = tl.load(entry + 2).to(tl.pointer_type(tl.float32))
+    return left, tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _of_member(entry, a, b, c, d, e, f, g, h):
+    """The tensor of the weight, at the place of the part."""
+    member = tl.load(entry + 9)
+    first = tl.where(member == 0, a, tl.where(member == 1, b, tl.where(member == 2, c, d)))
+    last = tl.where(member == 4, e, tl.where(member == 5, f, tl.where(member == 6, g, h)))
+    return tl.where(member < 4, first, last) + tl.load(entry + 8)
+
+
+@triton.jit
+def _joint_bilinear_kernel(table, owners, sums, ELEMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program) * JOINT_FIELDS
+    W = tl.load(entry).to(tl.pointer_type(ELEMENT))
+    M, N, LD, across = _joint_sizes(entry)
+    left, right = _joint_vectors(entry)
+    total = tl.zeros((BM, BN), tl.float32)
+    for tile in range(program - tl.load(entry + 10), tl.cdiv(M, BM) * across, tl.load(entry + 11)):
+        rows, columns, offsets, inside = _tile(tile, M, N, LD, across, BM, BN)
+        w = tl.load(W + offsets, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(left + rows, mask=rows < M, other=0.0)
+        b = tl.load(right + columns, mask=columns < N, other=0.0)
+        total += a[:, None] * w * b[None, :]
+    tl.store(sums + program, tl.sum(total))
+
+
+@triton.jit
+def _joint_scale_kernel(
+    table, owners, sums, o0, o1, o2, o3, o4, o5, o6, o7, TOTAL,
+    ELEMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GAIN: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(owners + tl.program_id(0))
+    entry = table + row * JOINT_FIELDS
+    W = tl.load(entry).to(tl.pointer_type(ELEMENT))
+    M, N, LD, across = _joint_sizes(entry)
+    tile = tl.program_id(0) - tl.load(entry + 12)
+    _, _, offsets, inside = _tile(tile, M, N, LD, across, BM, BN)
+    w = tl.load(W + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigma = _total(sums + tl.load(entry + 10), 0, tl.load(entry + 11), PARTIALS)
+    factor = tl.div_rn(tl.load(tl.load(entry + 1).to(tl.pointer_type(GAIN))).to(tl.float32), sigma)
+    if tile == 0:
+        tl.store(sums + TOTAL + row, sigma)
+    output = _of_member(entry, o0, o1, o2, o3, o4, o5, o6, o7)
+    tl.store(output + offsets, (w * factor).to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _joint_inner_kernel(
+    table, owners, partials, g0, g1, g2, g3, g4, g5, g6, g7,
+    ELEMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program) * JOINT_FIELDS
+    W = tl.load(entry).to(tl.pointer_type(ELEMENT))
+    M, N, LD, across = _joint_sizes(entry)
+    G = _of_member(entry, g0, g1, g2, g3, g4, g5, g6, g7)
+    total = tl.zeros((BM, BN), tl.float32)
+    for tile in range(program - tl.load(entry + 10), tl.cdiv(M, BM) * across, tl.load(entry + 11)):
+        _, _, offsets, inside = _tile(tile, M, N, LD, across, BM, BN)
+        g = tl.load(G + offsets, mask=inside, other=0.0).to(tl.float32)
+        total += g * tl.load(W + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partials + program, tl.sum(total))
+
+
+@triton.jit
+def _joint_gradient_kernel(
+    table, owners, partials, sums, for_gains, g0, g1, g2, g3, g4, g5, g6, g7, d0, d1, d2, d3, d4, d5, d6, d7, TOTAL,
+    ELEMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GAIN: tl.constexpr, PARTIALS: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(owners + tl.program_id(0))
+    entry = table + row * JOINT_FIELDS
+    M, N, LD, across = _joint_sizes(entry)
+    left, right = _joint_vectors(entry)
+    tile = tl.program_id(0) - tl.load(entry + 12)
+    rows, columns, offsets, inside = _tile(tile, M, N, LD, across, BM, BN)
+    g = tl.load(_of_member(entry, g0, g1, g2, g3, g4, g5, g6, g7) + offsets, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(left + rows, mask=rows < M, other=0.0)
+    b = tl.load(right + columns, mask=columns < N, other=0.0)
+    sigma = tl.load(sums + TOTAL + row)
+    dgain = tl.div_rn(_total(partials + tl.load(entry + 10), 0, tl.load(entry + 11), PARTIALS), sigma)
+    if tile == 0:
+        tl.store(for_gains + row, dgain.to(GAIN))
+    factor = tl.div_rn(tl.load(tl.load(entry + 1).to(tl.pointer_type(GAIN))).to(tl.float32), sigma)
+    dw = (g - a[:, None] * (b * dgain)[None, :]) * factor
+    tl.store(_of_member(entry, d0, d1, d2, d3, d4, d5, d6, d7) + offsets, dw.to(ELEMENT), mask=inside)
 
 
 # --- power iteration -------------------------------------------------------------------------------------------------
