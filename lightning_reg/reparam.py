@@ -9,6 +9,7 @@ when the fit ends.
 
 import os
 import re
+import sys
 import tempfile
 import weakref
 from collections import Counter
@@ -18,6 +19,7 @@ from functools import cache, partial
 from itertools import count, takewhile
 from pathlib import Path
 from pickle import UnpicklingError
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -26,7 +28,6 @@ from torch.nn.utils import parametrize
 
 from lightning_reg import capture, classes
 from lightning_reg.capture import Targets
-from lightning_reg.functional._fusing import saving_is_hooked
 from lightning_reg.functional.spectral_norm import (
     MOST_JOINT,
     JointReparam,
@@ -36,7 +37,6 @@ from lightning_reg.functional.spectral_norm import (
     spectral_reparam,
     weight_matrices,
 )
-from lightning_reg.kernels import Unsupported, unavailable, warn_of_failure
 
 Init = Literal["preserve", "one"]
 FusedQKV = Literal["split", "fused"]
@@ -73,15 +73,15 @@ class SpectralParametrization(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight in use; under autocast on a CUDA device in its dtype, where it would be cast anyway."""
-        cast = self.casts and weight.is_cuda and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if cast and weight.dtype == torch.float32 else weight.dtype
+        dtype = self.dtype_in_use(weight)
         if self.training:
-            if not torch.compiler.is_compiling() and self.bundle is not None:
-                found = self.bundle.take(self, weight, dtype)
-                if found is not None:
-                    return found
             return spectral_reparam(weight, self.gain, self.u, self.v, self.transposed, dtype)
         return self.folded(weight, dtype)
+
+    def dtype_in_use(self, weight: Tensor) -> torch.dtype:
+        """That of the weight in use."""
+        cast = self.casts and weight.is_cuda and torch.is_autocast_enabled("cuda")
+        return torch.get_autocast_dtype("cuda") if cast and weight.dtype == torch.float32 else weight.dtype
 
     def folded(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in use outside training. An averaged copy of the model averages u and v: they lose unit norm."""
@@ -402,7 +402,12 @@ def _in_use(tensor: str) -> property:
     def in_use(self: Any) -> Tensor:
         # not `self.parametrizations[tensor]()`: it comes to the same through four more calls
         container = self._modules["parametrizations"]._modules[tensor]
-        return container._modules["0"](container._parameters["original"])
+        spectral, weight = container._modules["0"], container._parameters["original"]
+        if not torch.compiler.is_compiling() and spectral.bundle is not None and spectral.training:
+            found = spectral.bundle.take(spectral, weight, sys._getframe(1).f_code)
+            if found is not None:
+                return found
+        return spectral(weight)
 
     return property(in_use)
 
@@ -411,26 +416,29 @@ def _in_use(tensor: str) -> property:
 
 LARGEST = 1 << 22  # elements of a weight that is computed with others; a larger one keeps a GPU busy by itself
 MOST_MOVES = 8  # how often weights may be found elsewhere in memory before they are left alone
+MOST_IN_VAIN = 3  # passes in a row in which nobody asks for a weight before it is left alone
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 class Bundle:
-    """Small weights of one block, all computed when the first is asked for.
+    """Small weights of one block, all computed when the forward of the first of their modules asks for its own.
 
     On a slow host a launch and a node of autograd cost more than the arithmetic of a layer. Each result is handed out
-    once, within the forward it was computed in: what is asked for again is computed alone until a backward or an update
-    of u and v has ended that forward, and then all anew. Alone is computed also what no kernel can, and everything
-    under activation checkpoints, which repeat a part of a forward by itself.
+    once, to the forward of its module: what is asked for again is computed alone until a backward or an update of u and
+    v has ended that pass, and then all anew. Alone is computed also what others ask for, what no kernel can, and
+    everything under activation checkpoints, which repeat a part of a forward by itself.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = {layer.spectral: layer for layer in layers}
+        self._readers = {layer.spectral: _forward_of(layer.owner) for layer in layers}
         for spectral in self._layers:
             spectral.bundle = self
         self._joints: dict[torch.dtype, JointReparam] = {}
         self._moves = 0
         self._waiting: dict[SpectralParametrization, tuple[list[int], Tensor]] = {}  # what it was made of, result
         self._unasked: set[SpectralParametrization] = set()
+        self._in_vain: Counter[SpectralParametrization] = Counter()  # passes in a row without a request
         self._number, self._ended = 0, True
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -439,10 +447,11 @@ class Bundle:
     def __reduce__(self) -> tuple:
         return _no_bundle, ()
 
-    def take(self, spectral: SpectralParametrization, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The weight in use in ``dtype``; None where it is to be computed alone."""
-        if spectral not in self._layers or not _can_be_joint(weight):
+    def take(self, spectral: SpectralParametrization, weight: Tensor, reader: CodeType) -> Tensor | None:
+        """The weight in use, for the code that reads it; None where it is to be computed alone."""
+        if self._readers.get(spectral) is not reader or not JointReparam.takes(weight):
             return None
+        dtype = spectral.dtype_in_use(weight)
         source, result = self._waiting.pop(spectral, (None, None))
         if result is None or result.dtype != dtype or source != _source(weight, spectral):
             if not self._ended and self._unasked - {spectral}:
@@ -450,10 +459,11 @@ class Bundle:
             self._begin(spectral, weight, dtype)
             _, result = self._waiting.pop(spectral, (None, None))
         self._unasked.discard(spectral)
+        self._in_vain.pop(spectral, None)
         return result
 
     def end(self) -> None:
-        """The forward is over, or u and v are other ones."""
+        """The pass is over, or u and v are other ones."""
         self._waiting.clear()
         self._ended = True
 
@@ -461,25 +471,24 @@ class Bundle:
         """Have a weight computed alone from now on."""
         if self._layers.pop(spectral, None) is not None:
             spectral.bundle = None
+            del self._readers[spectral]
         self._waiting.pop(spectral, None)
+        self._in_vain.pop(spectral, None)
         self._joints.clear()
 
     def _begin(self, spectral: SpectralParametrization, weight: Tensor, dtype: torch.dtype) -> None:
-        for other in self._unasked - {spectral}:
-            self.leave(other)  # a forward had no use for it
-        layers = [layer for layer in self._layers.values() if _can_be_joint(layer.original)]
+        self._in_vain.update(self._unasked - {spectral})
+        for other in [other for other, times in self._in_vain.items() if times >= MOST_IN_VAIN]:
+            self.leave(other)
+        layers = [layer for layer in self._layers.values() if JointReparam.takes(layer.original)]
         self._unasked = {layer.spectral for layer in layers}
         joint = self._joint(layers, dtype) if len(layers) > 1 and self._layers[spectral].original is weight else None
         if joint is None:
             self._unasked.clear()
             return
         self._number, self._ended = self._number + 1, False
-        try:
-            results = joint(partial(_end, weakref.ref(self), self._number))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            warn_of_failure("the weights of sigma-Reparam one by one", error)
+        results = joint(partial(_end, weakref.ref(self), self._number))
+        if not results:
             return self._dissolve()
         self._waiting = {
             layer.spectral: (_source(layer.original, layer.spectral), result)
@@ -494,13 +503,11 @@ class Bundle:
         if operands[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # a captured graph cannot copy the table of addresses
         self._moves += joint is not None
-        try:
-            if self._moves > MOST_MOVES:
-                raise Unsupported("the weights move about")
-            self._joints[dtype] = JointReparam(operands, dtype)
-        except Unsupported:
+        if self._moves > MOST_MOVES:
             self._dissolve()
-        return self._joints.get(dtype)
+            return None
+        self._joints[dtype] = JointReparam(operands, dtype)
+        return self._joints[dtype]
 
     def _dissolve(self) -> None:
         for spectral in list(self._layers):
@@ -517,9 +524,9 @@ def _end(bundle: "weakref.ref[Bundle]", number: int) -> None:
         found.end()
 
 
-def _can_be_joint(weight: Tensor) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.requires_grad
-    return plain and torch.is_grad_enabled() and unavailable(weight) is None and not saving_is_hooked()
+def _forward_of(module: nn.Module) -> CodeType | None:
+    cls: Any = classes.bare_class(module)
+    return getattr(cls.forward, "__code__", None)
 
 
 def _operand(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_reg.functional._fusing import saving_is_hooked
 from lightning_reg.kernels import operators
 from lightning_reg.kernels.operators import (
     Unsupported,
@@ -304,8 +305,11 @@ def weight_matrices(weight: Tensor, parts: int = 1, transposed: bool = False) ->
     return weight.reshape(parts, weight.shape[0] // parts, -1)
 
 
+Operand = tuple[Tensor, Tensor, Tensor, Tensor, bool]  # weight, gain, u, v, transposed
+
+
 class JointReparam:
-    """``spectral_reparam`` of several weights at once, where kernels can run: one autograd node for all.
+    """``spectral_reparam`` of several weights at once, by kernels: one autograd node for all.
 
     What it returns belongs together no closer than weights of their own: each can be used or left, and a gradient may
     come to some of them before the others.
@@ -313,18 +317,25 @@ class JointReparam:
     Args:
         operands: ``(weight, gain, u, v, transposed)`` of each weight, of the same dtypes and on one device.
         dtype: Of the weights in use.
-
-    Raises:
-        Unsupported: If the kernels cannot take them.
     """
 
-    def __init__(self, operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, bool]], dtype: torch.dtype) -> None:
+    def __init__(self, operands: Sequence[Operand], dtype: torch.dtype) -> None:
         from lightning_reg.kernels.spectral_norm import Together
 
-        self.operands, self.kernels = operands, Together(operands, dtype)
+        self.operands = operands
         self.addresses = self._where()
+        try:
+            self.kernels: Together | None = Together(operands, dtype)
+        except Unsupported:  # a weight alone will say why
+            self.kernels = None
 
-    def is_of(self, operands: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, bool]]) -> bool:
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether a weight can be computed with others at this moment."""
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled()
+        return plain and not compiling() and unavailable(weight) is None and not saving_is_hooked()
+
+    def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""
         own = (tensor for operand in self.operands for tensor in operand)
         return all(a is b for a, b in zip(own, chain.from_iterable(operands), strict=True)) and self.stands()
@@ -337,13 +348,24 @@ class JointReparam:
         """Numbers that grow with each change in place."""
         return [tensor._version for operand in self.operands for tensor in operand[:4]]
 
-    def __call__(self, finished: Callable[[], None]) -> tuple[Tensor, ...]:
-        """The weights in use; ``finished`` is called when a backward comes to one of them."""
+    def __call__(self, finished: Callable[[], None]) -> Sequence[Tensor]:
+        """The weights in use, none where it cannot be done; ``finished`` is called when a backward comes to one."""
+        if self.kernels is None:
+            return ()
         weights, gains = ([operand[place] for operand in self.operands] for place in (0, 1))
-        return _JointReparam.apply(self, finished, *weights, *gains)  # type: ignore[return-value]
+        try:
+            return _JointReparam.apply(self, finished, *weights, *gains)  # type: ignore[return-value]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            warn_of_failure("the weights of sigma-Reparam one by one", error)
+            self.kernels = None
+            return ()
 
-    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]] | None:
-        """Of weights and gains, from those of the weights in use and what the forward summed; None if it fails."""
+    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]]:
+        """Of weights and gains, from those of the weights in use and what the forward summed."""
+        if torch.is_grad_enabled() or not self.stands() or self.kernels is None:
+            return self._torch_gradients(grads)
         arrived = next(grad for grad in grads if grad is not None)
         # of what has not come any gradient will do: the result is not looked at
         filled = [
@@ -356,7 +378,20 @@ class JointReparam:
             raise
         except Exception as error:
             warn_of_failure("the gradients of sigma-Reparam in plain torch", error)
-            return None
+            return self._torch_gradients(grads)
+
+    def _torch_gradients(self, grads: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+        """In torch, of which a second derivative can be taken."""
+        found: tuple[list[Any], list[Any]] = [], []
+        for (weight, gain, u, v, transposed), grad in zip(self.operands, grads, strict=True):
+            pair: tuple[Any, Any] = (None, None)
+            if grad is not None:
+                with _full_precision(weight):
+                    sigmas = _sigmas(_parts(weight, gain, u, v, transposed))
+                pair = _gradients(grad, weight, gain, u, v, sigmas, transposed)
+            found[0].append(pair[0])
+            found[1].append(pair[1])
+        return found
 
     def _where(self) -> list[int]:
         return [tensor.data_ptr() for operand in self.operands for tensor in operand[:4]]
@@ -367,6 +402,7 @@ class _JointReparam(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, joint: JointReparam, finished: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert joint.kernels is not None
         scaled, ctx.sums = joint.kernels.scaled()
         ctx.joint, ctx.finished, ctx.versions = joint, finished, joint.versions()
         ctx.set_materialize_grads(False)
@@ -381,29 +417,11 @@ class _JointReparam(torch.autograd.Function):
                 "a weight, gain or singular vector of sigma-Reparam was changed in place between forward and backward; "
                 "step the optimizer after the backward."
             )
-        found = None
-        if not torch.is_grad_enabled() and joint.stands():
-            found = joint.gradients(grads, ctx.sums)
-        if found is None:
-            found = _joint_gradients(joint, grads)
         for_weights, for_gains = (
-            [None if grad is None else own for own, grad in zip(column, grads, strict=True)] for column in found
+            [None if grad is None else own for own, grad in zip(column, grads, strict=True)]
+            for column in joint.gradients(grads, ctx.sums)
         )
         return None, None, *for_weights, *for_gains
-
-
-def _joint_gradients(joint: JointReparam, grads: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-    """In torch, of which a second derivative can be taken."""
-    found: tuple[list[Any], list[Any]] = [], []
-    for (weight, gain, u, v, transposed), grad in zip(joint.operands, grads, strict=True):
-        pair: tuple[Any, Any] = (None, None)
-        if grad is not None:
-            with _full_precision(weight):
-                sigmas = _sigmas(_parts(weight, gain, u, v, transposed))
-            pair = _gradients(grad, weight, gain, u, v, sigmas, transposed)
-        found[0].append(pair[0])
-        found[1].append(pair[1])
-    return found
 
 
 class _SpectralReparam(torch.autograd.Function):

@@ -1,0 +1,392 @@
+"""The small weights of a block, scaled at once: the numbers of numpy, and of each alone, in any order of events."""
+
+import copy
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_reg import kernels, reparam
+from lightning_reg.callbacks import apply_sigma_reparam, merge_sigma_reparam, update_sigma_reparam
+from lightning_reg.functional import spectral_norm
+from lightning_reg.functional.spectral_norm import JointReparam
+from lightning_reg.kernels import Unsupported, operators
+from lightning_reg.kernels import spectral_norm as kernel
+from tests.kernels.test_spectral_norm import DTYPES, LAYOUTS, assert_close, blocks, exact, joined, operands
+
+module = sys.modules[spectral_norm.__module__]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """`torch.empty` returns NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def in_numpy(operand: tuple[Any, ...], grad: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight in use, gradients of weight and gain."""
+    weight, gain, u, v, transposed = operand
+    matrices, grads = (blocks(exact(tensor), len(gain), transposed) for tensor in (weight, grad))
+    used, for_weight, for_gain = [], [], []
+    for w, g, a, b, factor in zip(matrices, grads, exact(u), exact(v), exact(gain)):
+        sigma = a @ w @ b
+        slope = (g * w).sum() / sigma
+        used.append(factor / sigma * w)
+        for_weight.append(factor / sigma * (g - slope * np.outer(a, b)))
+        for_gain.append(slope)
+    return *(joined(part, weight.shape, transposed) for part in (used, for_weight)), np.array(for_gain)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(
+    "layouts", [list(LAYOUTS)[:5], list(LAYOUTS)[5:], list(LAYOUTS)[:8]], ids=["plain", "parts", "8"]
+)
+def test_weights_in_use_and_gradients_equal_numpy(layouts: list[str], dtypes: str, device: str) -> None:
+    dtype, used, relative = DTYPES[dtypes]
+    if device == "cpu" and used == torch.bfloat16:
+        relative *= 2  # the interpreter cuts off where a GPU rounds
+    together = [operands(layout, dtype, device) for layout in layouts]
+    grads = [torch.randn(operand[0].shape, device=device).to(used) for operand in together]
+    joint = kernel.Together(together, used)
+    scaled, sums = joint.scaled()
+    for_weights, for_gains = joint.gradients(grads, sums)
+    for operand, grad, result, for_weight, for_gain in zip(together, grads, scaled, for_weights, for_gains):
+        wanted = in_numpy(operand, grad)
+        assert (result.dtype, for_weight.dtype, for_gain.dtype) == (used, dtype, operand[1].dtype)
+        assert_close(result, wanted[0], relative)
+        assert_close(for_weight, wanted[1], relative if dtype == used else 2e-6)
+        scale = np.linalg.norm(exact(grad)) * np.linalg.norm(exact(operand[0])) / np.abs(wanted[2]).max()
+        assert np.abs(exact(for_gain) - wanted[2]).max() <= 1e-5 * max(scale, np.abs(wanted[2]).max())
+
+
+def test_many_tiles_a_program_and_the_same_bits_twice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "TILE", 64)
+    monkeypatch.setattr(kernel, "WIDEST", 16)
+    monkeypatch.setattr(kernel, "JOINT_PARTIALS", 3)
+    together = [operands(layout, torch.float32, device) for layout in ("linear", "conv1d_qkv", "row")]
+    grads = [torch.randn_like(operand[0]) for operand in together]
+    joint = kernel.Together(together, torch.float32)
+    runs = []
+    for _ in range(2):
+        scaled, sums = joint.scaled()
+        runs.append([*scaled, *(tensor for column in joint.gradients(grads, sums) for tensor in column)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    for operand, grad, result, for_weight in zip(together, grads, runs[0], runs[0][3:]):
+        wanted = in_numpy(operand, grad)
+        assert_close(result, wanted[0], 2e-6)
+        assert_close(for_weight, wanted[1], 2e-6)
+
+
+def test_what_cannot_be_joined_says_why(device: str) -> None:
+    one, other = operands("linear", torch.float32, device), operands("tall", torch.float16, device)
+    with pytest.raises(Unsupported, match="differ in dtype"):
+        kernel.Together([one, other], torch.float16)
+    with pytest.raises(Unsupported, match="float64"):
+        kernel.Together([one, one], torch.float64)
+
+
+# --- in a model ------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.up, self.down = nn.Linear(12, 36), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return x + self.qkv(x).unflatten(-1, (3, 12)).prod(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attend(x)
+        return x + self.down(self.up(x).tanh())
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def reparametrized(device: str) -> Model:
+    torch.manual_seed(1)
+    model = Model().to(device)
+    apply_sigma_reparam(model)
+    return model
+
+
+def spectral(layer: nn.Module) -> reparam.SpectralParametrization:
+    return layer.parametrizations.weight[0]  # type: ignore[union-attr, index, return-value]
+
+
+def original(layer: nn.Module) -> nn.Parameter:
+    return layer.parametrizations.weight.original  # type: ignore[union-attr, return-value]
+
+
+def batch(device: str) -> Tensor:
+    return torch.randn(4, 5, 12, device=device)
+
+
+def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    run().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_alike(found: dict[str, Tensor], wanted: dict[str, Tensor], relative: float = 2e-5) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert_close(found[name], exact(tensor), relative)
+
+
+def alone(run: Callable[[], Any]) -> Any:
+    """What torch code gives, a weight at a time."""
+    with kernels.disabled():
+        return run()
+
+
+@pytest.fixture
+def joints(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of weights that were computed at once, one entry for each time."""
+    sizes: list[int] = []
+    call = JointReparam.__call__
+
+    def counting(self: JointReparam, finished: Callable[[], None]) -> Sequence[Tensor]:
+        results = call(self, finished)
+        sizes.extend([len(results)] if results else [])
+        return results
+
+    monkeypatch.setattr(JointReparam, "__call__", counting)
+    return sizes
+
+
+def test_training_is_that_of_the_torch_code(device: str, joints: list[int]) -> None:
+    def train() -> list[Tensor]:
+        model = reparametrized(device)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        torch.manual_seed(2)
+        for step in range(4):
+            (model(batch(device)) - 1).square().mean().backward()
+            if step % 2:  # two batches a step
+                optimizer.step()
+                optimizer.zero_grad()
+                update_sigma_reparam(model)
+        return [*model.parameters(), *model.buffers()]
+
+    wanted = alone(train)
+    assert not joints
+    for actual, expected in zip(train(), wanted):
+        assert_close(actual, exact(expected), 1e-4)
+    assert joints == [3] * 8, "each block in each forward"
+
+
+def test_weights_of_a_block_share_a_bundle_and_others_have_none() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict() for _ in range(2)]), "head": nn.Linear(12, 3)})
+    first, second = model["blocks"]  # type: ignore[misc]
+    first.update({f"fc{i}": nn.Linear(12, 12) for i in range(10)})
+    first["large"] = nn.Linear(2049, 2048)
+    second.update({"attn": nn.MultiheadAttention(12, 2), "fc": nn.Linear(12, 12), "tied": nn.Linear(12, 12)})
+    second["tied"].weight = second["fc"].weight
+    apply_sigma_reparam(model)
+    bundles = [spectral(first[f"fc{i}"]).bundle for i in range(10)]
+    assert None not in bundles
+    assert [bundles.count(bundle) for bundle in dict.fromkeys(bundles)] == [8, 2]
+    lonely = [spectral(layer) for layer in (first["large"], second["fc"], second["attn"].out_proj, model["head"])]
+    assert [layer.bundle for layer in lonely] == [None] * 4
+
+
+def test_the_bundle_is_left_with_the_reparametrization(device: str) -> None:
+    model = reparametrized(device)
+    one = spectral(model.blocks[0].up)
+    assert copy.deepcopy(model).blocks[0].up.parametrizations.weight[0].bundle is None
+    assert pickle.loads(pickle.dumps(one)).bundle is None
+    merge_sigma_reparam(model)
+    assert one.bundle is None
+
+
+def test_changes_between_forwards_are_seen(device: str) -> None:
+    model, x = reparametrized(device), batch(device)
+
+    def changed() -> dict[str, Tensor]:
+        return gradients(model, lambda: model(x).square().sum())
+
+    for change in (
+        lambda weight: weight.data.mul_(1.1),  # no counter of torch notices
+        lambda weight: weight.data.copy_(torch.randn(weight.shape)),
+    ):
+        model(x)  # a forward without a backward
+        with torch.no_grad():
+            change(original(model.blocks[1].up))
+            change(original(model.blocks[0].qkv))
+        wanted = alone(changed)
+        assert_alike(changed(), wanted)
+        assert_alike(changed(), wanted)
+
+
+def test_a_weight_read_by_others_or_twice_is_computed_alone(device: str, joints: list[int]) -> None:
+    model, x = reparametrized(device), batch(device)
+    block = model.blocks[0]
+    wanted = alone(lambda: gradients(block, lambda: block(x).sum() + block.down(block.up(x)).square().sum()))
+    assert block.up.weight.requires_grad
+    assert not joints, "reading a weight outside the forward of its module begins nothing"
+    found = gradients(
+        block, lambda: block(x).sum() + block.down(block.up(x)).square().sum() + 0 * block.up.weight.sum()
+    )
+    assert_alike(found, wanted)
+
+
+def test_half_a_block_and_two_backwards(device: str, joints: list[int]) -> None:
+    model, x = reparametrized(device), batch(device)
+    block = model.blocks[0]
+
+    def parts() -> dict[str, Tensor]:
+        block.zero_grad()
+        attended = block.attend(x)
+        result = block.down(block.up(attended.detach()).tanh())
+        attended.square().sum().backward()  # one of the three weights
+        result.square().sum().backward()  # the others
+        return {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+
+    wanted = alone(parts)
+    assert_alike(parts(), wanted)
+    assert_alike(parts(), wanted)
+    half = alone(lambda: gradients(block, lambda: block.attend(x).square().sum()))
+    for _ in range(5):
+        assert_alike(gradients(block, lambda: block.attend(x).square().sum()), half)
+    assert "up.parametrizations.weight.original" not in half
+    assert spectral(block.up).bundle is None, "computed in vain again and again"
+    joints.clear()
+    assert_alike(gradients(block, lambda: block(x).sum()), alone(lambda: gradients(block, lambda: block(x).sum())))
+    assert not joints
+
+
+def test_gradients_of_gradients(device: str, joints: list[int]) -> None:
+    model, x = reparametrized(device), batch(device)
+
+    def second() -> dict[str, Tensor]:
+        (slope,) = torch.autograd.grad(
+            model(x).square().sum(), original(model.blocks[0].qkv), create_graph=True
+        )  # fmt: skip
+        return gradients(model, lambda: slope.square().sum())
+
+    wanted = alone(second)
+    assert_alike(second(), wanted, 1e-4)
+    assert joints
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", ["block", "half"])
+def test_checkpoints(part: str, reentrant: bool, device: str) -> None:
+    model, x = reparametrized(device), batch(device).requires_grad_()
+
+    def forward() -> Tensor:
+        y = x
+        for block in model.blocks:
+            if part == "block":
+                y = checkpoint(block, y, use_reentrant=reentrant)  # type: ignore[assignment]
+            else:
+                y = checkpoint(block.attend, y, use_reentrant=reentrant)  # type: ignore[assignment]
+                y = y + checkpoint(lambda y, block=block: block.down(block.up(y).tanh()), y, use_reentrant=reentrant)
+        return model.head(y).square().sum()
+
+    wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
+    for _ in range(3):
+        assert_alike(gradients(model, forward), wanted)
+
+
+def test_weights_that_are_not_trained_stay_out(device: str, joints: list[int]) -> None:
+    model, x = reparametrized(device), batch(device)
+    for parameter in model.blocks[0].up.parameters():
+        parameter.requires_grad_(False)
+    wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
+    assert_alike(gradients(model, lambda: model(x).square().sum()), wanted)
+    assert joints == [2, 3]
+    joints.clear()
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x)
+    assert not joints
+
+
+def test_a_change_in_place_before_the_backward_is_refused(device: str) -> None:
+    model = reparametrized(device)
+    loss = model(batch(device)).sum()
+    with torch.no_grad():
+        original(model.blocks[0].up).mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        loss.backward()
+
+
+def test_weights_that_move_are_found_or_left_alone(device: str, joints: list[int]) -> None:
+    model, x = reparametrized(device), batch(device)
+    wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
+
+    def moved() -> Tensor:
+        layer = model.blocks[0].up
+        original(layer).data = original(layer).data.clone()
+        return model(x).square().sum()
+
+    keep = []  # what was left is not used again
+    for _ in range(reparam.MOST_MOVES + 2):
+        keep.append(original(model.blocks[0].up).data)
+        assert_alike(gradients(model, moved), wanted)
+    assert spectral(model.blocks[0].up).bundle is None
+    assert spectral(model.blocks[1].up).bundle is not None
+    assert joints.count(3) == 2 * (reparam.MOST_MOVES + 2) - 1
+
+    loss = model(x).square().sum()
+    original(model.blocks[1].up).data = original(model.blocks[1].up).data.clone()  # between forward and backward
+    assert_alike(gradients(model, lambda: loss), wanted)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_kernel_that_fails_is_said_once_and_replaced(
+    backward: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "_warned", set())
+    model, x = reparametrized(device), batch(device)
+    wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
+
+    def fail(*_: Any) -> None:
+        raise TypeError("no such kernel")
+
+    monkeypatch.setattr(kernel.Together, "gradients" if backward else "scaled", fail)
+    what = "gradients of sigma-Reparam in plain torch" if backward else "weights of sigma-Reparam one by one"
+    with pytest.warns(UserWarning, match=f"{what}.* its kernel failed with TypeError"):
+        found = gradients(model, lambda: model(x).square().sum())
+    assert_alike(found, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_alike(gradients(model, lambda: model(x).square().sum()), wanted)
+
+
+def test_weights_of_another_layout_are_computed_alone(device: str, joints: list[int]) -> None:
+    torch.manual_seed(1)
+    block = nn.ModuleDict({"a": nn.Conv2d(3, 5, 3), "b": nn.Conv2d(5, 4, 3)}).to(
+        device, memory_format=torch.channels_last
+    )
+    model = nn.ModuleList([block])
+    apply_sigma_reparam(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = block["b"](block["a"](torch.randn(2, 3, 8, 8, device=device)))
+    assert result.isfinite().all()
+    assert not joints
+    assert spectral(block["a"]).bundle is None
