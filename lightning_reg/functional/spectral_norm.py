@@ -337,16 +337,18 @@ class JointReparam:
 
     def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""
-        own = (tensor for operand in self.operands for tensor in operand)
-        return all(a is b for a, b in zip(own, chain.from_iterable(operands), strict=True)) and self.stands()
+        if len(operands) != len(self.operands):
+            return False
+        pairs = zip(chain.from_iterable(self.operands), chain.from_iterable(operands), strict=True)
+        return all(a is b for a, b in pairs) and self.stands()
 
     def stands(self) -> bool:
         """Whether all tensors still lie where they did."""
         return self.addresses == self._where()
 
-    def versions(self) -> list[int]:
-        """Numbers that grow with each change in place."""
-        return [tensor._version for operand in self.operands for tensor in operand[:4]]
+    def versions(self) -> list[list[int]]:
+        """Of each weight, numbers that grow with each change in place."""
+        return [[tensor._version for tensor in operand[:4]] for operand in self.operands]
 
     def __call__(self, finished: Callable[[], None]) -> Sequence[Tensor]:
         """The weights in use, none where it cannot be done; ``finished`` is called when a backward comes to one."""
@@ -412,7 +414,8 @@ class _JointReparam(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         joint: JointReparam = ctx.joint
         ctx.finished()
-        if joint.versions() != ctx.versions:
+        pairs = zip(grads, joint.versions(), ctx.versions, strict=True)
+        if any(grad is not None and now != then for grad, now, then in pairs):
             raise RuntimeError(
                 "a weight, gain or singular vector of sigma-Reparam was changed in place between forward and backward; "
                 "step the optimizer after the backward."

@@ -276,6 +276,24 @@ def test_half_a_block_and_two_backwards(device: str, joints: list[int]) -> None:
     assert not joints
 
 
+def test_a_step_between_the_backwards_of_two_losses(device: str) -> None:
+    model, x = reparametrized(device), batch(device)
+    block = model.blocks[0]
+
+    def second() -> dict[str, Tensor]:
+        attended = block.attend(x)
+        result = block.down(block.up(attended.detach()).tanh())
+        attended.square().sum().backward()
+        with torch.no_grad():
+            original(block.qkv).sub_(0.01)  # of another optimizer
+        return gradients(block, lambda: result.square().sum())
+
+    wanted = alone(second)
+    with torch.no_grad():
+        original(block.qkv).add_(0.01)
+    assert_alike(second(), wanted)
+
+
 def test_gradients_of_gradients(device: str, joints: list[int]) -> None:
     model, x = reparametrized(device), batch(device)
 
@@ -317,6 +335,13 @@ def test_weights_that_are_not_trained_stay_out(device: str, joints: list[int]) -
     wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
     assert_alike(gradients(model, lambda: model(x).square().sum()), wanted)
     assert joints == [2, 3]
+    for parameter in model.blocks[0].up.parameters():
+        parameter.requires_grad_(True)  # unfrozen later
+    assert_alike(
+        gradients(model, lambda: model(x).square().sum()),
+        alone(lambda: gradients(model, lambda: model(x).square().sum())),
+    )
+    assert joints == [2, 3, 3, 3]
     joints.clear()
     with torch.no_grad():
         model(x)
