@@ -17,7 +17,7 @@ Default and why
 Cost
     One matrix-vector product and one pass over W in forward, three passes in backward, one power iteration per
     optimizer step. The kernels read W twice in forward and once in backward, the second time from the cache, and write
-    the weight in use in the dtype of autocast.
+    the weight in use in the dtype of autocast; in eager code the small weights of a block are computed at once.
 When it hurts
     Models that need sharp heads; see the evidence in the README. Weight decay on W only changes its effective
     learning rate; on ``gain`` it shrinks the function, so ``gain`` is left out of weight decay by default. In a
@@ -367,7 +367,7 @@ class JointReparam:
     def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]]:
         """Of weights and gains, from those of the weights in use and what the forward summed."""
         if torch.is_grad_enabled() or not self.stands() or self.kernels is None:
-            return self._torch_gradients(grads)
+            return self._one_by_one(grads, sums)
         arrived = next(grad for grad in grads if grad is not None)
         # of what has not come any gradient will do: the result is not looked at
         filled = [
@@ -379,18 +379,17 @@ class JointReparam:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            warn_of_failure("the gradients of sigma-Reparam in plain torch", error)
-            return self._torch_gradients(grads)
+            warn_of_failure("the gradients of sigma-Reparam one by one", error)
+            return self._one_by_one(grads, sums)
 
-    def _torch_gradients(self, grads: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-        """In torch, of which a second derivative can be taken."""
+    def _one_by_one(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]]:
+        parts = [len(operand[1]) for operand in self.operands]
         found: tuple[list[Any], list[Any]] = [], []
-        for (weight, gain, u, v, transposed), grad in zip(self.operands, grads, strict=True):
+        each = zip(self.operands, grads, sums[-sum(parts) :].split(parts), strict=True)
+        for (weight, gain, u, v, transposed), grad, sigmas in each:
             pair: tuple[Any, Any] = (None, None)
             if grad is not None:
-                with _full_precision(weight):
-                    sigmas = _sigmas(_parts(weight, gain, u, v, transposed))
-                pair = _gradients(grad, weight, gain, u, v, sigmas, transposed)
+                pair = _own_gradients(grad, weight, gain, u, v, sigmas, transposed)
             found[0].append(pair[0])
             found[1].append(pair[1])
         return found
@@ -445,16 +444,22 @@ class _SpectralReparam(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gain, u, v, sigmas = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative passes through sigma too
-            with _full_precision(weight):
-                sigmas = _sigmas(_parts(weight, gain, u, v, ctx.transposed))
-            gradients = _gradients
-        elif _traced_with_kernels(weight, gain, u, v, grad.dtype):
-            from lightning_reg.kernels.spectral_norm import compiled_scaled_weight_gradients as gradients
-        else:
-            gradients = scaled_weight_gradients
-        return *gradients(grad, weight, gain, u, v, sigmas, ctx.transposed), None, None, None, None
+        return *_own_gradients(grad, *ctx.saved_tensors, ctx.transposed), None, None, None, None
+
+
+def _own_gradients(
+    grad: Tensor, weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, sigmas: Tensor, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one weight and its gain."""
+    if torch.is_grad_enabled():  # a second derivative passes through sigma too
+        with _full_precision(weight):
+            sigmas = _sigmas(_parts(weight, gain, u, v, transposed))
+        gradients = _gradients
+    elif _traced_with_kernels(weight, gain, u, v, grad.dtype):
+        from lightning_reg.kernels.spectral_norm import compiled_scaled_weight_gradients as gradients
+    else:
+        gradients = scaled_weight_gradients
+    return gradients(grad, weight, gain, u, v, sigmas, transposed)
 
 
 def _traced_with_kernels(weight: Tensor, gain: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype) -> bool:
