@@ -444,7 +444,8 @@ class _SpectralReparam(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_own_gradients(grad, *ctx.saved_tensors, ctx.transposed), None, None, None, None
+        weight, gain, u, v, sigmas = ctx.saved_tensors
+        return *_own_gradients(grad, weight, gain, u, v, sigmas, ctx.transposed), None, None, None, None
 
 
 def _own_gradients(
