@@ -31,6 +31,7 @@ from lightning_reg.capture import Targets
 from lightning_reg.functional.spectral_norm import (
     MOST_JOINT,
     JointReparam,
+    Operand,
     PowerIteration,
     leading_singular_triplet,
     rayleigh,
@@ -420,26 +421,72 @@ MOST_IN_VAIN = 3  # passes in a row in which nobody asks for a weight before it 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
-class Bundle:
-    """Small weights of one block, all computed when the forward of the first of their modules asks for its own.
+@dataclass
+class _Member:
+    """A weight in a bundle, which must not keep its module alive: the module keeps the bundle."""
 
-    On a slow host a launch and a node of autograd cost more than the arithmetic of a layer. Each result is handed out
-    once, to the forward of its module: what is asked for again is computed alone until a backward or an update of u and
-    v has ended that pass, and then all anew. Alone is computed also what others ask for, what no kernel can, and
+    owner: "weakref.ref[nn.Module]"
+    tensor: str
+    weight: Tensor  # as it was attached: another one, as of FSDP2 or `functional_call`, is none of ours
+    reader: CodeType | None  # the forward of the module
+
+    @property
+    def container(self) -> Any:
+        return self.owner()._modules["parametrizations"]._modules[self.tensor]  # type: ignore[union-attr]
+
+    def operand(self) -> Operand:
+        container = self.container
+        spectral, weight = container._modules["0"], container._parameters["original"]
+        parameters, buffers = spectral._parameters, spectral._buffers
+        return weight, parameters["gain"], buffers["u"], buffers["v"], spectral.transposed
+
+    def joins(self) -> bool:
+        """Whether it can be computed with others: nobody waits for its gradient before that of the others is there."""
+        owner = self.owner()
+        if owner is None or owner._backward_hooks or owner._backward_pre_hooks:
+            return False
+        weight, gain, *_ = self.operand()
+        watched = _hooked(weight) or _hooked(gain)
+        return weight is self.weight and not watched and JointReparam.takes(weight)
+
+    def source(self) -> list[Any]:
+        """Differs where the weight in use would be another."""
+        *tensors, _ = self.operand()
+        facts = [fact for t in tensors for fact in (id(t), t._version, t.data_ptr(), t.requires_grad)]
+        if self.weight.is_cuda:  # what is computed on one stream is not there for another
+            facts.append(torch._C._cuda_getCurrentRawStream(self.weight.get_device()))
+        return facts
+
+
+class Bundle:
+    """Small weights of one block, computed at once.
+
+    On a slow host a launch and a node of autograd cost more than the arithmetic of a layer. A first pass is computed
+    weight by weight and shows the order in which the forwards of the modules ask. From then on the first of the order
+    has all of them computed, and each other one is handed over when its turn comes. Who asks out of turn is served
+    alone, and so are all until the next pass begins; a backward, or an update of u and v, ends a pass. So a result is
+    used in the forward it was computed in, or not at all. Alone is computed also what others than the module's own
+    forward ask for, what is not trained, or watched by hooks that wait for its gradient, what no kernel can, and
     everything under activation checkpoints, which repeat a part of a forward by itself.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = {layer.spectral: layer for layer in layers}
-        self._readers = {layer.spectral: _forward_of(layer.owner) for layer in layers}
-        for spectral in self._layers:
-            spectral.bundle = self
+        self._members = {
+            id(layer.spectral): _Member(
+                weakref.ref(layer.owner), layer.tensor, layer.original, _forward_of(layer.owner)
+            )
+            for layer in layers
+        }  # fmt: skip
+        for layer in layers:
+            layer.spectral.bundle = self
+        self._seen: list[int] = []  # of the pass that shows the order
+        self._order: list[int] = []
+        self._amid = False  # somebody new came amid a pass, which shows no order
+        self._turn, self._number = 0, 0  # of the pass that runs: how many were handed over; of all passes
+        self._waiting: dict[int, tuple[list[Any], Tensor]] = {}  # what it was made of, result
+        self._in_vain: Counter[int] = Counter()  # passes in a row without a request
         self._joints: dict[torch.dtype, JointReparam] = {}
         self._moves = 0
-        self._waiting: dict[SpectralParametrization, tuple[list[int], Tensor]] = {}  # what it was made of, result
-        self._unasked: set[SpectralParametrization] = set()
-        self._in_vain: Counter[SpectralParametrization] = Counter()  # passes in a row without a request
-        self._number, self._ended = 0, True
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -449,54 +496,88 @@ class Bundle:
 
     def take(self, spectral: SpectralParametrization, weight: Tensor, reader: CodeType) -> Tensor | None:
         """The weight in use, for the code that reads it; None where it is to be computed alone."""
-        if self._readers.get(spectral) is not reader or not JointReparam.takes(weight):
+        key = id(spectral)
+        member = self._members.get(key)
+        if member is None or member.reader is not reader or weight is not member.weight:
+            return None
+        if not JointReparam.takes(weight) or (key not in self._order and not self._learn(key, member)):
             return None
         dtype = spectral.dtype_in_use(weight)
-        source, result = self._waiting.pop(spectral, (None, None))
-        if result is None or result.dtype != dtype or source != _source(weight, spectral):
-            if not self._ended and self._unasked - {spectral}:
-                return None
-            self._begin(spectral, weight, dtype)
-            _, result = self._waiting.pop(spectral, (None, None))
-        self._unasked.discard(spectral)
-        self._in_vain.pop(spectral, None)
+        if key == self._order[0]:
+            self._begin(dtype)
+        elif not self._turn or self._turn == len(self._order) or key != self._order[self._turn]:
+            self.end()
+        source, result = self._waiting.pop(key, (None, None))
+        if result is None or result.dtype != dtype or source != member.source():
+            self.end()
+            return None
+        self._turn += 1
+        self._in_vain.pop(key, None)
         return result
 
     def end(self) -> None:
         """The pass is over, or u and v are other ones."""
         self._waiting.clear()
-        self._ended = True
+        self._amid = False
+        unasked = self._order[self._turn :] if self._turn else []
+        self._turn = 0
+        self._in_vain.update(unasked)
+        for key in unasked:
+            if self._in_vain[key] >= MOST_IN_VAIN:
+                self.leave(key)
 
-    def leave(self, spectral: SpectralParametrization) -> None:
-        """Have a weight computed alone from now on."""
-        if self._layers.pop(spectral, None) is not None:
-            spectral.bundle = None
-            del self._readers[spectral]
-        self._waiting.pop(spectral, None)
-        self._in_vain.pop(spectral, None)
+    def leave(self, key: int) -> None:
+        """Have a weight, by the number of its parametrization, computed alone from now on."""
+        self._waiting.clear()
         self._joints.clear()
+        self._turn = 0
+        for keys in (self._seen, self._order):
+            if key in keys:
+                keys.remove(key)
+        self._in_vain.pop(key, None)
+        member = self._members.pop(key, None)
+        if member is not None and member.owner() is not None:
+            member.container._modules["0"].bundle = None
 
-    def _begin(self, spectral: SpectralParametrization, weight: Tensor, dtype: torch.dtype) -> None:
-        self._in_vain.update(self._unasked - {spectral})
-        for other in [other for other, times in self._in_vain.items() if times >= MOST_IN_VAIN]:
-            self.leave(other)
-        layers = [layer for layer in self._layers.values() if JointReparam.takes(layer.original)]
-        self._unasked = {layer.spectral for layer in layers}
-        joint = self._joint(layers, dtype) if len(layers) > 1 and self._layers[spectral].original is weight else None
-        if joint is None:
-            self._unasked.clear()
+    def _dissolve(self) -> None:
+        for key in list(self._members):
+            self.leave(key)
+
+    def _learn(self, key: int, member: _Member) -> bool:
+        """Note who asks; True when that is the first of a known order."""
+        if not member.joins():
+            return False
+        if self._order:
+            self.end()
+            self._order, self._amid = [], True
+        if key not in self._seen:
+            self._seen += [] if self._amid else [key]
+            return False
+        if key != self._seen[0]:
+            self.leave(key)  # asked for twice in a pass
+        if key != self._seen[0] or len(self._seen) == 1:
+            return False
+        self._order, self._seen = self._seen, []
+        return True
+
+    def _begin(self, dtype: torch.dtype) -> None:
+        self.end()
+        members = [self._members[key] for key in self._order]
+        if len(members) < 2 or not all(member.joins() for member in members):
             return
-        self._number, self._ended = self._number + 1, False
+        joint = self._joint([member.operand() for member in members], dtype)
+        if joint is None:
+            return
+        self._number += 1
         results = joint(partial(_end, weakref.ref(self), self._number))
         if not results:
             return self._dissolve()
         self._waiting = {
-            layer.spectral: (_source(layer.original, layer.spectral), result)
-            for layer, result in zip(layers, results, strict=True)
-        }
+            key: (member.source(), result)
+            for key, member, result in zip(self._order, members, results, strict=True)
+        }  # fmt: skip
 
-    def _joint(self, layers: list[Layer], dtype: torch.dtype) -> JointReparam | None:
-        operands = [_operand(layer) for layer in layers]
+    def _joint(self, operands: list[Operand], dtype: torch.dtype) -> JointReparam | None:
         joint = self._joints.get(dtype)
         if joint is not None and joint.is_of(operands):
             return joint
@@ -509,36 +590,24 @@ class Bundle:
         self._joints[dtype] = JointReparam(operands, dtype)
         return self._joints[dtype]
 
-    def _dissolve(self) -> None:
-        for spectral in list(self._layers):
-            self.leave(spectral)
-
 
 def _no_bundle() -> None:
     return None
 
 
 def _end(bundle: "weakref.ref[Bundle]", number: int) -> None:
-    # a backward of the forward that bundle is in, not of an earlier one
+    # a backward of the pass that bundle is in, not of an earlier one
     if (found := bundle()) is not None and found._number == number:
         found.end()
+
+
+def _hooked(tensor: Any) -> bool:
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def _forward_of(module: nn.Module) -> CodeType | None:
     cls: Any = classes.bare_class(module)
     return getattr(cls.forward, "__code__", None)
-
-
-def _operand(layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    spectral: Any = layer.spectral
-    parameters, buffers = spectral._parameters, spectral._buffers
-    return layer.original, parameters["gain"], buffers["u"], buffers["v"], spectral.transposed
-
-
-def _source(weight: Tensor, spectral: SpectralParametrization) -> list[int]:
-    """Changes where a weight or its gain is another, or is changed in place."""
-    gain: Any = spectral._parameters["gain"]
-    return [id(weight), weight._version, id(gain), gain._version]
 
 
 def _bundle(layers: list[Layer]) -> None:
@@ -551,7 +620,7 @@ def _bundle(layers: list[Layer]) -> None:
     for layer in layers:
         block, weight = _BLOCK.match(layer.key), layer.original
         alone = uses[layer.spectral] > 1 or isinstance(layer.owner, nn.MultiheadAttention) or weight.numel() > LARGEST
-        if block and not alone:
+        if block and not alone and not is_sharded(weight):
             blocks.setdefault((block.group(), weight.dtype, layer.spectral.casts), []).append(layer)
     for members in blocks.values():
         for start in range(0, len(members), MOST_JOINT):
@@ -698,7 +767,7 @@ def merge_layers(layers: list[Layer]) -> list[str]:
             )
     for layer in unique_layers(layers):
         if layer.spectral.bundle is not None:
-            layer.spectral.bundle.leave(layer.spectral)
+            layer.spectral.bundle.leave(id(layer.spectral))
         layer.original.copy_(layer.spectral.folded(layer.original))
     for owner in {id(layer.owner): layer.owner for layer in layers}.values():
         _restore(owner, [layer.tensor for layer in layers if layer.owner is owner])

@@ -333,7 +333,8 @@ class JointReparam:
     def takes(weight: Tensor) -> bool:
         """Whether a weight can be computed with others at this moment."""
         plain = type(weight) in (Tensor, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled()
-        return plain and not compiling() and unavailable(weight) is None and not saving_is_hooked()
+        traced = compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
+        return plain and not traced and unavailable(weight) is None and not saving_is_hooked()
 
     def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""
@@ -413,6 +414,8 @@ class _JointReparam(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         joint: JointReparam = ctx.joint
         ctx.finished()
+        if all(grad is None for grad in grads):
+            return (None,) * (2 + 2 * len(grads))
         pairs = zip(grads, joint.versions(), ctx.versions, strict=True)
         if any(grad is not None and now != then for grad, now, then in pairs):
             raise RuntimeError(

@@ -53,7 +53,8 @@ class Launch:
                 arguments[place] = tensor
             compiled = self._kernel[self._grid](*arguments, **self._options)
             if not bits % ALIGNED:
-                self._compiled, self._device = compiled, triton.runtime.driver.active.get_current_device()
+                self._device = triton.runtime.driver.active.get_current_device()
+                self._compiled = compiled
             return
         kernel, stream = self._compiled, triton.runtime.driver.active.get_current_stream(self._device)
         # as Triton itself launches, with nobody to be told of it

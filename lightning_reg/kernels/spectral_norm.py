@@ -272,7 +272,7 @@ class Together:
             ]
             place = (part * step, member, firsts[0][row], counts[member], firsts[1][row])
             rows.append((*addresses, height_, columns, leading, across[member], *place))
-        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
         self.rows, self.partials = len(rows), sum(counts[member] for member in each)
         self.summing = _owners([counts[member] for member in each], device)
         self.scaling = _owners([tiles[member] for member in each], device)
@@ -303,7 +303,13 @@ class Together:
         with on_device(self.table):
             self.inner(self.table, self.summing, partials, *_padded(grads))
             self.gradient(self.table, self.scaling, partials, sums, for_gains, *_padded(grads), *_padded(for_weights))
-        return for_weights, list(for_gains.split(self.parts))
+        return for_weights, _pieces(for_gains, self.parts)
+
+
+def _pieces(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Consecutive pieces in the same memory, which do not know of each other as views would."""
+    storage, starts = tensor.untyped_storage(), _starts(sizes)
+    return [tensor.new_empty(0).set_(storage, start, (size,), (1,)) for start, size in zip(starts, sizes, strict=True)]
 
 
 def _padded(tensors: list[Tensor]) -> list[Tensor]:
@@ -509,7 +515,8 @@ def _starts(counts: Sequence[int]) -> list[int]:
 
 def _owners(counts: Sequence[int], device: torch.device) -> Tensor:
     """Index of the matrix of each program."""
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device, torch.int32)
+    numbers, times = torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu")
+    return numbers.repeat_interleave(times).to(device, torch.int32)
 
 
 FIELDS = tl.constexpr(11)  # matrix, v, left, right, M, N, LD, blocks, first block, first span, place in scratch
