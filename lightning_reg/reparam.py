@@ -498,7 +498,7 @@ class Bundle:
         """The weight in use, for the code that reads it; None where it is to be computed alone."""
         key = id(spectral)
         member = self._members.get(key)
-        if member is None or member.reader is not reader or weight is not member.weight:
+        if member is None or member.reader is not reader:
             return None
         if not JointReparam.takes(weight) or (key not in self._order and not self._learn(key, member)):
             return None

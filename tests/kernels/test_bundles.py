@@ -257,6 +257,7 @@ def test_a_weight_read_by_others_or_twice_is_computed_alone(device: str, joints:
     model, x = reparametrized(device), batch(device)
     block = model.blocks[0]
     wanted = alone(lambda: gradients(block, lambda: block(x).sum() + block.down(block.up(x)).square().sum()))
+    assert block.qkv.weight.requires_grad
     assert block.up.weight.requires_grad
     assert not joints, "reading a weight outside the forward of its module begins nothing"
     found = gradients(
@@ -288,6 +289,27 @@ def test_half_a_block_and_two_backwards(device: str, joints: list[int]) -> None:
     joints.clear()
     assert_alike(gradients(block, lambda: block(x).sum()), alone(lambda: gradients(block, lambda: block(x).sum())))
     assert not joints
+
+
+@pytest.mark.parametrize("when", ["out_of_turn", "counted", "after_a_backward"])
+def test_changes_amid_a_block_are_seen(when: str, device: str) -> None:
+    x, hidden = batch(device), torch.randn(4, 5, 20, device=device)
+
+    def run() -> dict[str, Tensor]:
+        block = reparametrized(device).blocks[0]
+        attended = block.attend(x)  # where bundles are, all three weights are there
+        if when == "out_of_turn":
+            original(block.down).data.mul_(1.1)
+            return gradients(block, lambda: block.down(hidden).square().sum())
+        if when == "counted":
+            with torch.no_grad():
+                original(block.up).mul_(1.1)
+        else:
+            attended.sum().backward()
+            original(block.up).data.mul_(1.1)
+        return gradients(block, lambda: block.up(x).square().sum())
+
+    assert_alike(run(), alone(run))
 
 
 def test_a_step_between_the_backwards_of_two_losses(device: str) -> None:
