@@ -637,7 +637,6 @@ _torch_softmax: Callable[..., Tensor] = torch.softmax
 _tensor_softmax: Callable[..., Tensor] = Tensor.softmax
 _active: list["Engine"] = []
 _holders: set[Any] = set()  # who needs the replaced functions
-_method_holders: set[int] = set()  # who needs the replaced method, now or soon; their numbers, so that they can die
 rewriting: list[nn.Module] = []  # modules with rewrites whose forward runs, innermost last
 unrewritten: list[str] | None = None  # collects the modules whose attention no rewrite reached
 
@@ -788,38 +787,23 @@ def unwatch_attention(engine: "Engine") -> None:
 
 
 def hold_attention(holder: Any) -> None:
-    """Replace the attention functions until the last holder has released them, and the method until it lets it go."""
+    """Replace the attention functions until the last holder has released them."""
     global _sdpa, _f_softmax, _torch_softmax, _tensor_softmax
     if not _holders:
         _sdpa, _f_softmax, _torch_softmax = F.scaled_dot_product_attention, F.softmax, torch.softmax
+        _tensor_softmax = Tensor.softmax
         F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
         F.softmax, torch.softmax = _functional_softmax, _torch_softmax_watched  # type: ignore[assignment]
-    _holders.add(holder)
-    if not _method_holders:
-        _tensor_softmax = Tensor.softmax
         Tensor.softmax = _tensor_softmax_watched  # type: ignore[method-assign, assignment]
-    _method_holders.add(id(holder))
+    _holders.add(holder)
 
 
 def release_attention(holder: Any) -> None:
-    """Counterpart of ``hold_attention`` for the functions; no-op when it holds nothing."""
+    """Counterpart of ``hold_attention``; no-op when it holds nothing."""
     if holder not in _holders:
         return
     _holders.remove(holder)
     if not _holders:
         F.scaled_dot_product_attention = _sdpa  # type: ignore[assignment]
         F.softmax, torch.softmax = _f_softmax, _torch_softmax  # type: ignore[assignment]
-
-
-def let_go(holder: Any) -> None:
-    """Counterpart of ``hold_attention`` for all; no-op when it holds nothing.
-
-    The method of ``Tensor`` comes last, once and not in each step: Python 3.13 stops looking attributes of a class up
-    quickly when it has changed a thousand times, for good.
-    """
-    release_attention(holder)
-    if id(holder) not in _method_holders:
-        return
-    _method_holders.remove(id(holder))
-    if not _method_holders:
         Tensor.softmax = _tensor_softmax  # type: ignore[method-assign, assignment]

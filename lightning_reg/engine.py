@@ -204,7 +204,6 @@ class Engine:
     def close(self) -> None:
         """Leave the model as it was. No-op when already closed."""
         self.disarm()
-        capture.let_go(self)
         for name, original in self._wrapped.items():
             if original is None:
                 self.model.__dict__.pop(name, None)

@@ -163,7 +163,7 @@ def release_unused() -> None:
     global _holding
     if _holding and not any(True for _ in _installed):  # its length counts those that are dying
         _holding = False
-        capture.let_go(capture.REWRITES)
+        capture.release_attention(capture.REWRITES)
         torch.backends.mha.set_fastpath_enabled(_fast_path)
 
 
