@@ -332,9 +332,10 @@ class JointReparam:
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether a weight can be computed with others at this moment."""
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.requires_grad and torch.is_grad_enabled()
+        if unavailable(weight) is not None or not (weight.requires_grad and torch.is_grad_enabled()):
+            return False
         traced = compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-        return plain and not traced and unavailable(weight) is None and not saving_is_hooked()
+        return type(weight) in (Tensor, nn.Parameter) and not traced and not saving_is_hooked()
 
     def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""
