@@ -1,6 +1,7 @@
 """Two GPUs over NCCL: data parallel and sharded trainings equal the hand-written loss, checkpoints come back whole.
 
-The bounds are those of `test_engine.py`. Each group of cases runs once, under torchrun, in `two_gpus.py`.
+The bounds are those of `test_engine.py`. Each group of cases runs once, under torchrun, in `two_gpus.py`; the groups
+run side by side with `pytest -n 7 --dist loadgroup`.
 """
 
 import os
@@ -52,7 +53,7 @@ def results(group: str) -> dict[str, Any]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, two_gpus.__file__, group, str(folder())],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=420,
     )  # fmt: skip
     file = folder() / f"{group}.pt"
     assert file.exists(), done.stderr[-3000:]
@@ -73,8 +74,13 @@ def cases(group: str) -> list[str]:
     return [case for case in two_gpus.exactness(group) if case.startswith("library/")]
 
 
+def within(group: str, *values: Any) -> Any:
+    """A set of parameters whose tests share the one run of a group: they go to one process of pytest."""
+    return pytest.param(*values, marks=pytest.mark.xdist_group(group))
+
+
 @pytest.mark.parametrize(
-    ("group", "case"), [(kind, case) for kind in ("ddp", "fsdp1", "fsdp2") for case in cases(kind)]
+    ("group", "case"), [within(kind, kind, case) for kind in ("ddp", "fsdp1", "fsdp2") for case in cases(kind)]
 )
 def test_training_equals_the_handwritten_loss(group: str, case: str) -> None:
     kind = case.split("/")[1]
@@ -89,6 +95,7 @@ def test_training_equals_the_handwritten_loss(group: str, case: str) -> None:
     assert small.rms(without - exact) > 5 * rounding, "the penalties are lost in rounding: the test shows nothing"
 
 
+@pytest.mark.xdist_group("fsdp1")
 def test_compiled_blocks_in_fsdp1_do_what_torch_does_without_the_library() -> None:
     """torch cannot compile inside of FSDP1 in every version; where it can, the result is exact."""
     alone, ours = (results("fsdp1").get(f"{label}/compiled") for label in ("without", "with"))
@@ -101,7 +108,7 @@ def test_compiled_blocks_in_fsdp1_do_what_torch_does_without_the_library() -> No
 
 
 @pytest.mark.parametrize("name", list(two_gpus.ALL))
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", [within(f"contracts_{kind}", kind) for kind in ("fsdp1", "fsdp2")])
 def test_callbacks_train_sharded_as_data_parallel_or_refuse(kind: str, name: str) -> None:
     group = f"contracts_{kind}"
     if name in REFUSED[kind]:
@@ -115,12 +122,14 @@ def test_callbacks_train_sharded_as_data_parallel_or_refuse(kind: str, name: str
         assert (wanted - vector(result(group, "without"))).abs().max() > 1e-5
 
 
+@pytest.mark.xdist_group("fsdp2")
 def test_sigma_reparam_in_half_precision_is_refused_where_weights_are_sharded() -> None:
     raised = results("fsdp2")["refused/bf16_true"]
     assert isinstance(raised, str), "trained, though FSDP2 takes parameters of one dtype only"
     assert raised.startswith("RuntimeError: SigmaReparam keeps its gains in float32")
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_processes_hold_the_same_state(kind: str) -> None:
     assert result("ranks", kind) is True
@@ -133,6 +142,7 @@ def restored(path: Path) -> tuple[dict[str, Tensor], Tensor]:
         return dict(module.state_dict()), module.eval()(small.data(1)[0])
 
 
+@pytest.mark.xdist_group("checkpoints")
 def test_sharded_checkpoint_consolidates_and_folds_to_a_plain_model() -> None:
     trained = result("checkpoints", "sharded")
     sharded = folder() / "sharded" / "epoch=1.ckpt"
@@ -145,6 +155,7 @@ def test_sharded_checkpoint_consolidates_and_folds_to_a_plain_model() -> None:
     assert (output - trained["output"]).abs().max() <= 1e-4
 
 
+@pytest.mark.xdist_group("checkpoints")
 def test_whole_checkpoint_folds_to_a_plain_model() -> None:
     trained = result("checkpoints", "whole")
     weights, output = restored(fold_checkpoint(folder() / "whole" / "epoch=1.ckpt"))
@@ -153,6 +164,7 @@ def test_whole_checkpoint_folds_to_a_plain_model() -> None:
     assert (output - trained["output"]).abs().max() <= 1e-4
 
 
+@pytest.mark.xdist_group("checkpoints")
 def test_training_resumed_from_a_sharded_checkpoint_equals_the_uninterrupted_one() -> None:
     whole, resumed = (result("checkpoints", label)["state"] for label in ("sharded", "resumed"))
     for name, tensor in whole.items():
