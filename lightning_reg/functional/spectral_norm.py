@@ -30,7 +30,8 @@ Not together with
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from itertools import chain
+from itertools import count
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram m
 TINY = 1e-30
 MOST_JOINT = 8  # weights that are computed at once, as in ``kernels.spectral_norm``
 TRITON = find_spec("triton") is not None
+
+_version = attrgetter("_version")
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -323,7 +326,9 @@ class JointReparam:
         from lightning_reg.kernels.spectral_norm import Together
 
         self.operands = operands
-        self.addresses = self._where()
+        self.tensors = [tensor for operand in operands for tensor in operand[:4]]
+        self.trained = [operand[place] for place in (0, 1) for operand in operands]  # weights, then gains
+        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
         try:
             self.kernels: Together | None = Together(operands, dtype)
         except Unsupported:  # a weight alone will say why
@@ -332,33 +337,35 @@ class JointReparam:
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether a weight can be computed with others at this moment."""
-        if unavailable(weight) is not None or not (weight.requires_grad and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and JointReparam.suits(weight)) or unavailable(weight) is not None:
             return False
         traced = compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-        return type(weight) in (Tensor, nn.Parameter) and not traced and not saving_is_hooked()
+        return not traced and not saving_is_hooked()
+
+    @staticmethod
+    def suits(weight: Tensor) -> bool:
+        """Whether a weight can be computed with one that ``takes`` said yes to."""
+        return weight.requires_grad and type(weight) in (Tensor, nn.Parameter)
 
     def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""
-        if len(operands) != len(self.operands):
-            return False
-        pairs = zip(chain.from_iterable(self.operands), chain.from_iterable(operands), strict=True)
-        return all(a is b for a, b in pairs) and self.stands()
+        tensors = [tensor for operand in operands for tensor in operand[:4]]
+        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors)) and self.stands()
 
     def stands(self) -> bool:
         """Whether all tensors still lie where they did."""
-        return self.addresses == self._where()
+        return self.addresses == [*map(Tensor.data_ptr, self.tensors)]
 
-    def versions(self) -> list[list[int]]:
-        """Of each weight, numbers that grow with each change in place."""
-        return [[tensor._version for tensor in operand[:4]] for operand in self.operands]
+    def versions(self) -> list[int]:
+        """Numbers that grow with each change in place, four of each weight."""
+        return [*map(_version, self.tensors)]
 
     def __call__(self, finished: Callable[[], None]) -> Sequence[Tensor]:
         """The weights in use, none where it cannot be done; ``finished`` is called when a backward comes to one."""
         if self.kernels is None:
             return ()
-        weights, gains = ([operand[place] for operand in self.operands] for place in (0, 1))
         try:
-            return _JointReparam.apply(self, finished, *weights, *gains)  # type: ignore[return-value]
+            return _JointReparam.apply(self, finished, *self.trained)  # type: ignore[return-value]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -366,7 +373,7 @@ class JointReparam:
             self.kernels = None
             return ()
 
-    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]]:
+    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[Sequence[Any], Sequence[Any]]:
         """Of weights and gains, from those of the weights in use and what the forward summed."""
         if torch.is_grad_enabled() or not self.stands() or self.kernels is None:
             return self._one_by_one(grads, sums)
@@ -396,9 +403,6 @@ class JointReparam:
             found[1].append(pair[1])
         return found
 
-    def _where(self) -> list[int]:
-        return [tensor.data_ptr() for operand in self.operands for tensor in operand[:4]]
-
 
 class _JointReparam(torch.autograd.Function):
     """Keeps the tensors itself: a part of the gradients may come in one backward, the others in the next."""
@@ -417,8 +421,11 @@ class _JointReparam(torch.autograd.Function):
         ctx.finished()
         if all(grad is None for grad in grads):
             return (None,) * (2 + 2 * len(grads))
-        pairs = zip(grads, joint.versions(), ctx.versions, strict=True)
-        if any(grad is not None and now != then for grad, now, then in pairs):
+        now = joint.versions()
+        if now != ctx.versions and any(
+            grad is not None and now[first : first + 4] != ctx.versions[first : first + 4]
+            for first, grad in zip(count(0, 4), grads, strict=False)
+        ):
             raise RuntimeError(
                 "a weight, gain or singular vector of sigma-Reparam was changed in place between forward and backward; "
                 "step the optimizer after the backward."
