@@ -448,8 +448,8 @@ class _Member:
         owner: Any = self.owner()
         if owner is None or operand is None or operand[0] is not self.weight:
             return False
-        watched = owner._backward_hooks or owner._backward_pre_hooks or _hooked(operand[0]) or _hooked(operand[1])
-        return not watched and JointReparam.suits(self.weight)
+        hooks = owner._backward_hooks or owner._backward_pre_hooks
+        return not (hooks or _hooked(operand[0]) or _hooked(operand[1]))
 
     def source(self, operand: Operand) -> list[Any]:
         """Differs where the weight in use would be another."""

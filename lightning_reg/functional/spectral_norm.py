@@ -337,15 +337,10 @@ class JointReparam:
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether a weight can be computed with others at this moment."""
-        if not (torch.is_grad_enabled() and JointReparam.suits(weight)) or unavailable(weight) is not None:
+        if not (weight.requires_grad and torch.is_grad_enabled()) or unavailable(weight) is not None:
             return False
         traced = compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
-        return not traced and not saving_is_hooked()
-
-    @staticmethod
-    def suits(weight: Tensor) -> bool:
-        """Whether a weight can be computed with one that ``takes`` said yes to."""
-        return weight.requires_grad and type(weight) in (Tensor, nn.Parameter)
+        return type(weight) in (Tensor, nn.Parameter) and not traced and not saving_is_hooked()
 
     def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""

@@ -291,12 +291,25 @@ def test_half_a_block_and_two_backwards(device: str, joints: list[int]) -> None:
     assert not joints
 
 
-@pytest.mark.parametrize("when", ["out_of_turn", "counted", "after_a_backward"])
+def another_gain(layer: nn.Module) -> None:
+    """The same memory in another Parameter, which the gradient belongs to from then on."""
+    spectral(layer).gain = nn.Parameter(spectral(layer).gain.data)
+
+
+AMID: dict[str, Callable[[nn.Module], Any]] = {
+    "replaced": lambda layer: setattr(original(layer), "data", original(layer).data * 1.1),
+    "gain_thawed": lambda layer: spectral(layer).gain.requires_grad_(True),
+    "another_gain": another_gain,
+}
+
+
+@pytest.mark.parametrize("when", ["out_of_turn", "counted", "after_a_backward", *AMID])
 def test_changes_amid_a_block_are_seen(when: str, device: str) -> None:
     x, hidden = batch(device), torch.randn(4, 5, 20, device=device)
 
     def run() -> dict[str, Tensor]:
         block = reparametrized(device).blocks[0]
+        spectral(block.up).gain.requires_grad_(when != "gain_thawed")
         attended = block.attend(x)  # where bundles are, all three weights are there
         if when == "out_of_turn":
             original(block.down).data.mul_(1.1)
@@ -304,6 +317,8 @@ def test_changes_amid_a_block_are_seen(when: str, device: str) -> None:
         if when == "counted":
             with torch.no_grad():
                 original(block.up).mul_(1.1)
+        elif when in AMID:
+            AMID[when](block.up)
         else:
             attended.sum().backward()
             original(block.up).data.mul_(1.1)
@@ -412,6 +427,15 @@ def test_weights_whose_gradient_somebody_waits_for_are_computed_alone(device: st
     assert_alike(gradients(first, lambda: first.attend(x).square().sum()), half)
 
 
+def test_another_parameter_over_the_same_memory_gets_the_gradient(device: str, joints: list[int]) -> None:
+    model, x = reparametrized(device), batch(device)
+    model(x)
+    another_gain(model.blocks[0].up)
+    wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
+    assert_alike(gradients(model, lambda: model(x).square().sum()), wanted)
+    assert joints
+
+
 def test_another_parameter_in_its_place_is_computed_alone(device: str, joints: list[int]) -> None:
     model, x = reparametrized(device), batch(device)
     values = {name: p.detach() * 1.5 for name, p in model.named_parameters() if "blocks.0.up" in name}
@@ -477,11 +501,13 @@ def test_a_model_dies_without_the_collector(device: str) -> None:
         gc.enable()
 
 
-def test_a_change_in_place_before_the_backward_is_refused(device: str) -> None:
+@pytest.mark.parametrize("of", ["weight", "gain", "vector"])
+def test_a_change_in_place_before_the_backward_is_refused(of: str, device: str) -> None:
     model = reparametrized(device)
     loss = model(batch(device)).sum()
+    layer = model.blocks[0].up
     with torch.no_grad():
-        original(model.blocks[0].up).mul_(2)
+        {"weight": original(layer), "gain": spectral(layer).gain, "vector": spectral(layer).v}[of].mul_(2)
     with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
         loss.backward()
 
