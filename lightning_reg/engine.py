@@ -381,7 +381,8 @@ class Engine:
 
     def observe_activations(self, site: capture.Site, taps: list[Tap], x: Tensor, place: str) -> Tensor:
         """Show the input or output of ``site`` to its taps of one role; returns the tensor to go on with."""
-        mode, compiling = self._mode()
+        mode = self._mode()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             return x
         for tap in taps:
@@ -392,7 +393,7 @@ class Engine:
                 with torch.no_grad():
                     _, _, value = tap.regularizer.see_activations(x.detach(), tap.mask)
                 self._record(mode, tap, (), None, value)
-            if not compiling and not tap.shape:
+            if not torch.compiler.is_compiling() and not tap.shape:
                 tap.shape, tap.method = _sizes(x), place
         return x
 
@@ -402,7 +403,8 @@ class Engine:
     ) -> Tensor:  # fmt: skip
         """Show attention to the taps of ``site``; returns its output."""
         arguments: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        mode, compiling = self._mode()
+        mode = self._mode()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             return capture.plain_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **arguments)
         query, key = capture.broadcast_leading(query, key, enable_gqa)
@@ -414,7 +416,7 @@ class Engine:
         entropies = site.entropies
         valid = capture.visible_padding(query, key, attn_mask) if entropies else None
         # what a captured graph reads must be computed in it
-        fresh = compiling or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+        fresh = torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing())
         counts = None if fresh else self.counts
         last = next((shared for shared in reversed(entropies) if shared.live), None)
         output = largest = None
@@ -438,12 +440,12 @@ class Engine:
                     query, key, attn_mask = q, k, m
                 (query,) = self._see_entropy(mode, taps, (query,), entropy, visible, valid, rows)
             # compiled code must not read what it would then guard
-            if compiling or not taps[0].shape:
+            if torch.compiler.is_compiling() or not taps[0].shape:
                 shown = value if shared is last else None
                 path = attention_path(query, key, shown, attn_mask, dropout_p, is_causal, top_k)
                 for tap in taps:
                     tap.method = f"scaled_dot_product_attention, {path}"
-            if not compiling and not taps[0].shape:
+            if not torch.compiler.is_compiling() and not taps[0].shape:
                 for tap in taps:
                     tap.shape = f"{_sizes(query)} x {_sizes(key)}"
         if output is None and in_one and is_fused(query, key, value, attn_mask, dropout_p):
@@ -456,7 +458,8 @@ class Engine:
 
     def observe_scores(self, site: capture.Site, scores: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
         """Show attention scores to the taps of ``site``; returns their softmax."""
-        mode, compiling = self._mode()
+        mode = self._mode()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             # not `torch.softmax`, which is watched and would come back here
             return capture.plain_softmax(scores, dim, dtype)
@@ -476,14 +479,15 @@ class Engine:
             if shared.live:
                 # an injected gradient needs a way to the loss: keep that of the probabilities left behind
                 probs = seen if probs is None else _Through.apply(seen, probs)
-            if not compiling and not taps[0].shape:
+            if not torch.compiler.is_compiling() and not taps[0].shape:
                 for tap in taps:
                     tap.shape, tap.method = _sizes(scores), f"softmax over axis {dim}"
         return capture.plain_softmax(scores, dim, dtype) if probs is None else probs
 
     def observe_output(self, site: capture.Site, output: Any) -> Any:
         """Show what a module returns, of any structure, to its taps; returns it."""
-        mode, compiling = self._mode()
+        mode = self._mode()
+        self._note_compiling()
         if mode is Mode.SKIP or not site.awake:
             return output
         for tap in site.output:
@@ -494,7 +498,7 @@ class Engine:
                 with torch.no_grad():
                     _, value = tap.regularizer.see_output(output, tap.mask)
                 self._record(mode, tap, (), None, value)
-            if not compiling and not tap.shape:
+            if not torch.compiler.is_compiling() and not tap.shape:
                 tap.shape, tap.method = (
                     _sizes(output) if isinstance(output, Tensor) else type(output).__name__,
                     "output",
@@ -557,19 +561,19 @@ class Engine:
             tensors = self._record(mode, tap, tensors, penalty if tap.live else None, value)
         return tensors
 
-    def _mode(self) -> tuple[Mode, bool]:
-        """What to do with a call, and whether it is being compiled."""
-        gradient, compiling = torch.is_grad_enabled(), torch.compiler.is_compiling()
-        if compiling:
+    def _note_compiling(self) -> None:
+        if torch.compiler.is_compiling():
             self._compiled = True  # written, never read: a read would become a guard
-            mode = Mode.COLLECT if gradient and self.collecting else Mode.SKIP
-        elif capture.in_backward():
-            mode = Mode.REPEAT if gradient else Mode.SKIP
-        elif not self.collecting:
-            mode = Mode.SKIP
-        else:
-            mode = Mode.COLLECT if gradient else Mode.DEFER if _inside_function() else Mode.SKIP
-        return mode, compiling
+
+    def _mode(self) -> Mode:
+        gradient = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            return Mode.COLLECT if gradient and self.collecting else Mode.SKIP
+        if capture.in_backward():
+            return Mode.REPEAT if gradient else Mode.SKIP
+        if not self.collecting:
+            return Mode.SKIP
+        return Mode.COLLECT if gradient else Mode.DEFER if _inside_function() else Mode.SKIP
 
     def _record(
         self, mode: Mode, tap: Tap, tensors: tuple[Tensor, ...], penalty: Tensor | None, value: Tensor

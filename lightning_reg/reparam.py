@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count, takewhile
-from operator import attrgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from types import CodeType
@@ -49,8 +48,6 @@ _LIVE_KEY = re.compile(r"(?P<prefix>.*?)parametrizations\.(?P<name>[^.]+)\.origi
 
 _STATE = ("gain", "u", "v")
 PARAMETRIZED = "parametrized"  # kind of the class of a reparametrized module
-
-_version = attrgetter("_version")
 
 
 # --- the parametrization ---------------------------------------------------------------------------------------------
@@ -433,28 +430,29 @@ class _Member:
     weight: Tensor  # as it was attached: another one, as of FSDP2 or `functional_call`, is none of ours
     reader: CodeType | None  # the forward of the module
 
-    def operand(self) -> Operand | None:
-        """Its tensors; None where the module is gone."""
-        owner: Any = self.owner()
-        if owner is None:
-            return None
-        container = owner._modules["parametrizations"]._modules[self.tensor]
-        spectral = container._modules["0"]
+    @property
+    def container(self) -> Any:
+        return self.owner()._modules["parametrizations"]._modules[self.tensor]  # type: ignore[union-attr]
+
+    def operand(self) -> Operand:
+        container = self.container
+        spectral, weight = container._modules["0"], container._parameters["original"]
         parameters, buffers = spectral._parameters, spectral._buffers
-        return container._parameters["original"], parameters["gain"], buffers["u"], buffers["v"], spectral.transposed
+        return weight, parameters["gain"], buffers["u"], buffers["v"], spectral.transposed
 
-    def joins(self, operand: Operand | None) -> bool:
+    def joins(self) -> bool:
         """Whether it can be computed with others: nobody waits for its gradient before that of the others is there."""
-        owner: Any = self.owner()
-        if owner is None or operand is None or operand[0] is not self.weight:
+        owner = self.owner()
+        if owner is None or owner._backward_hooks or owner._backward_pre_hooks:
             return False
-        hooks = owner._backward_hooks or owner._backward_pre_hooks
-        return not (hooks or _hooked(operand[0]) or _hooked(operand[1]))
+        weight, gain, *_ = self.operand()
+        watched = _hooked(weight) or _hooked(gain)
+        return weight is self.weight and not watched and JointReparam.takes(weight)
 
-    def source(self, operand: Operand) -> list[Any]:
+    def source(self) -> list[Any]:
         """Differs where the weight in use would be another."""
-        tensors = operand[:4]
-        facts = [*map(id, tensors), *map(_version, tensors), *map(Tensor.data_ptr, tensors), operand[1].requires_grad]
+        *tensors, _ = self.operand()
+        facts = [fact for t in tensors for fact in (id(t), t._version, t.data_ptr(), t.requires_grad)]
         if self.weight.is_cuda:  # what is computed on one stream is not there for another
             facts.append(torch._C._cuda_getCurrentRawStream(self.weight.get_device()))
         return facts
@@ -510,8 +508,7 @@ class Bundle:
         elif not self._turn or self._turn == len(self._order) or key != self._order[self._turn]:
             self.end()
         source, result = self._waiting.pop(key, (None, None))
-        operand = member.operand()
-        if result is None or operand is None or result.dtype != dtype or source != member.source(operand):
+        if result is None or result.dtype != dtype or source != member.source():
             self.end()
             return None
         self._turn += 1
@@ -524,8 +521,8 @@ class Bundle:
         self._amid = False
         unasked = self._order[self._turn :] if self._turn else []
         self._turn = 0
+        self._in_vain.update(unasked)
         for key in unasked:
-            self._in_vain[key] += 1
             if self._in_vain[key] >= MOST_IN_VAIN:
                 self.leave(key)
 
@@ -539,9 +536,8 @@ class Bundle:
                 keys.remove(key)
         self._in_vain.pop(key, None)
         member = self._members.pop(key, None)
-        owner: Any = None if member is None else member.owner()
-        if member is not None and owner is not None:
-            owner._modules["parametrizations"]._modules[member.tensor]._modules["0"].bundle = None
+        if member is not None and member.owner() is not None:
+            member.container._modules["0"].bundle = None
 
     def _dissolve(self) -> None:
         for key in list(self._members):
@@ -549,7 +545,7 @@ class Bundle:
 
     def _learn(self, key: int, member: _Member) -> bool:
         """Note who asks; True when that is the first of a known order."""
-        if not member.joins(member.operand()):
+        if not member.joins():
             return False
         if self._order:
             self.end()
@@ -567,18 +563,19 @@ class Bundle:
     def _begin(self, dtype: torch.dtype) -> None:
         self.end()
         members = [self._members[key] for key in self._order]
-        operands: list[Any] = [member.operand() for member in members]
-        if len(members) < 2 or not all(map(_Member.joins, members, operands)):
+        if len(members) < 2 or not all(member.joins() for member in members):
             return
-        joint = self._joint(operands, dtype)
+        joint = self._joint([member.operand() for member in members], dtype)
         if joint is None:
             return
         self._number += 1
         results = joint(partial(_end, weakref.ref(self), self._number))
         if not results:
             return self._dissolve()
-        sources = map(_Member.source, members, operands)
-        self._waiting = dict(zip(self._order, zip(sources, results, strict=True), strict=True))
+        self._waiting = {
+            key: (member.source(), result)
+            for key, member, result in zip(self._order, members, results, strict=True)
+        }  # fmt: skip
 
     def _joint(self, operands: list[Operand], dtype: torch.dtype) -> JointReparam | None:
         joint = self._joints.get(dtype)
@@ -669,13 +666,13 @@ class Updates:
 
 def _places(layer: Layer) -> list[int]:
     """Where the tensors of a layer lie; never the same for a weight that must be gathered or copied first."""
-    container = layer.container
-    weight, buffers = container._parameters["original"], container._modules["0"]._buffers
+    weight: Any = layer.original
     if is_sharded(weight):
         weight = weight.to_local() if _sharding(weight) else None
     if weight is None or not weight.is_contiguous():
         return [next(_fresh)]
-    return [*map(Tensor.data_ptr, (weight, buffers["u"], buffers["v"]))]
+    buffers = layer.spectral._buffers
+    return [tensor.data_ptr() for tensor in (weight, buffers["u"], buffers["v"])]  # type: ignore[union-attr]
 
 
 _fresh = count(-1, -1)

@@ -22,11 +22,6 @@ def at_least_one(count: int | Tensor) -> int | Tensor:
     return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
 
 
-def shared(grad: Tensor, count: int | Tensor) -> tuple[Tensor, float]:
-    """``grad / count`` as a product of a tensor and a number, by which a kernel multiplies in passing."""
-    return (grad / count, 1.0) if isinstance(count, Tensor) else (grad, 1 / count)
-
-
 def valid_sum(x: Tensor, mask: Tensor | None) -> Tensor:
     """Sum of the valid elements, whatever the others hold."""
     if mask is not None:

@@ -39,7 +39,6 @@ from lightning_reg.functional._tokens import (
     check_documents,
     check_token_mask,
     check_tokens,
-    shared,
     upcast,
     valid_count,
     valid_sum,
@@ -218,10 +217,10 @@ class _Density(torch.autograd.Function):
         if grad_density is None:
             grads = through(ctx.activation, grad, sources)
         else:
-            strength, share = shared(grad_density, at_least_one(valid_count(sources[0], mask)))
-            strength, double = (strength, 2 * ctx.fixed) if inverse is None else (strength * inverse, 2.0)
+            double = 2 * (ctx.fixed if inverse is None else inverse)
+            strength = grad_density * (double / at_least_one(valid_count(sources[0], mask)))
             add = differentiable(_add_gradient)
-            grads = add(grad, sources, ctx.activation, mask, inverse, ctx.fixed, strength, double * share)
+            grads = add(grad, sources, ctx.activation, mask, inverse, ctx.fixed, strength)
         return (None, None, None, None, None, *grads) if ctx.activation else (*grads, None, None, None, None)
 
 
@@ -243,15 +242,14 @@ def _relative_inverse(x: Tensor, mask: Tensor | None, epsilon: float) -> Tensor:
 @operator("activation_density.add_gradient", inline=True)
 def _add_gradient(
     grad: Tensor | None, sources: list[Tensor], activation: str, mask: Tensor | None, inverse: Tensor | None,
-    fixed: float, strength: Tensor, share: float,
+    fixed: float, strength: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of ``sources``, of which ``activation`` makes x, plus ``strength share x / (1 + x^2 / epsilon)^2``."""
+    """Gradients of ``sources``, of which ``activation`` makes x: ``grad + strength x / (1 + x^2 / epsilon)^2``."""
     x = activate(activation, sources)
     exact = upcast(x)
     slope = _spread_again(exact, fixed if inverse is None else inverse).pow_(-2).mul_(exact)
     if mask is not None:
         slope.masked_fill_(~mask, 0.0)
-    strength = strength * share
     total = slope.mul_(strength).to(x.dtype) if grad is None else grad.addcmul(slope, strength).to(grad.dtype)
     return through(activation, in_place(total), sources)
 

@@ -41,7 +41,6 @@ from lightning_reg.functional._tokens import (
     at_least_one,
     check_activations,
     check_token_mask,
-    shared,
     upcast,
     valid_count,
     valid_sum,
@@ -113,9 +112,9 @@ class _L1(torch.autograd.Function):
         if grad_l1 is None:
             grads = through(ctx.activation, grad, sources)
         else:
-            strength, share = shared(grad_l1, at_least_one(valid_count(sources[0], mask)))
+            strength = grad_l1 / at_least_one(valid_count(sources[0], mask))
             strength = strength if unit is None else strength / unit
-            grads = differentiable(_add_gradient)(grad, sources, ctx.activation, mask, ctx.floor, strength, share)
+            grads = differentiable(_add_gradient)(grad, sources, ctx.activation, mask, ctx.floor, strength)
         return (None, None, None, None, None, *grads) if ctx.activation else (*grads, None, None, None, None)
 
 
@@ -130,14 +129,14 @@ def _means(x: Tensor, mask: Tensor | None, floor: float | None, square: bool) ->
 @operator("activation_l1.add_gradient", inline=True)
 def _add_gradient(
     grad: Tensor | None, sources: list[Tensor], activation: str, mask: Tensor | None, floor: float | None,
-    strength: Tensor, share: float,
+    strength: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of ``sources``, of which ``activation`` makes x: ``grad + strength * share * sign(x)``."""
+    """Gradients of ``sources``, of which ``activation`` makes x: ``grad + strength * sign(x)``."""
     x = activate(activation, sources)
     # against the floor in the precision of the forward: rounded to that of x it may change sides
     sign = x.sign() if floor is None else above(upcast(x), floor).sign()
     sign = sign if mask is None else sign.masked_fill(~mask, 0.0)
-    pull = upcast(sign) * (strength * share)
+    pull = upcast(sign) * strength
     total = (pull if grad is None else grad + pull).to(x.dtype)
     return through(activation, in_place(total), sources)
 

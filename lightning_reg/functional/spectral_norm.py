@@ -30,8 +30,7 @@ Not together with
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from itertools import count
-from operator import attrgetter, is_
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,8 +52,6 @@ GRAM_LIMIT = 256  # smaller side up to which an eigendecomposition of the Gram m
 TINY = 1e-30
 MOST_JOINT = 8  # weights that are computed at once, as in ``kernels.spectral_norm``
 TRITON = find_spec("triton") is not None
-
-_version = attrgetter("_version")
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -326,9 +323,7 @@ class JointReparam:
         from lightning_reg.kernels.spectral_norm import Together
 
         self.operands = operands
-        self.tensors = [tensor for operand in operands for tensor in operand[:4]]
-        self.trained = [operand[place] for place in (0, 1) for operand in operands]  # weights, then gains
-        self.addresses = [*map(Tensor.data_ptr, self.tensors)]
+        self.addresses = self._where()
         try:
             self.kernels: Together | None = Together(operands, dtype)
         except Unsupported:  # a weight alone will say why
@@ -337,30 +332,33 @@ class JointReparam:
     @staticmethod
     def takes(weight: Tensor) -> bool:
         """Whether a weight can be computed with others at this moment."""
-        if not (weight.requires_grad and torch.is_grad_enabled()) or unavailable(weight) is not None:
+        if unavailable(weight) is not None or not (weight.requires_grad and torch.is_grad_enabled()):
             return False
         traced = compiling() or torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active()
         return type(weight) in (Tensor, nn.Parameter) and not traced and not saving_is_hooked()
 
     def is_of(self, operands: Sequence[Operand]) -> bool:
         """Whether these are the tensors, where they were."""
-        tensors = [tensor for operand in operands for tensor in operand[:4]]
-        return len(tensors) == len(self.tensors) and all(map(is_, tensors, self.tensors)) and self.stands()
+        if len(operands) != len(self.operands):
+            return False
+        pairs = zip(chain.from_iterable(self.operands), chain.from_iterable(operands), strict=True)
+        return all(a is b for a, b in pairs) and self.stands()
 
     def stands(self) -> bool:
         """Whether all tensors still lie where they did."""
-        return self.addresses == [*map(Tensor.data_ptr, self.tensors)]
+        return self.addresses == self._where()
 
-    def versions(self) -> list[int]:
-        """Numbers that grow with each change in place, four of each weight."""
-        return [*map(_version, self.tensors)]
+    def versions(self) -> list[list[int]]:
+        """Of each weight, numbers that grow with each change in place."""
+        return [[tensor._version for tensor in operand[:4]] for operand in self.operands]
 
     def __call__(self, finished: Callable[[], None]) -> Sequence[Tensor]:
         """The weights in use, none where it cannot be done; ``finished`` is called when a backward comes to one."""
         if self.kernels is None:
             return ()
+        weights, gains = ([operand[place] for operand in self.operands] for place in (0, 1))
         try:
-            return _JointReparam.apply(self, finished, *self.trained)  # type: ignore[return-value]
+            return _JointReparam.apply(self, finished, *weights, *gains)  # type: ignore[return-value]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -368,7 +366,7 @@ class JointReparam:
             self.kernels = None
             return ()
 
-    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[Sequence[Any], Sequence[Any]]:
+    def gradients(self, grads: Sequence[Tensor | None], sums: Tensor) -> tuple[list[Any], list[Any]]:
         """Of weights and gains, from those of the weights in use and what the forward summed."""
         if torch.is_grad_enabled() or not self.stands() or self.kernels is None:
             return self._one_by_one(grads, sums)
@@ -398,6 +396,9 @@ class JointReparam:
             found[1].append(pair[1])
         return found
 
+    def _where(self) -> list[int]:
+        return [tensor.data_ptr() for operand in self.operands for tensor in operand[:4]]
+
 
 class _JointReparam(torch.autograd.Function):
     """Keeps the tensors itself: a part of the gradients may come in one backward, the others in the next."""
@@ -416,11 +417,8 @@ class _JointReparam(torch.autograd.Function):
         ctx.finished()
         if all(grad is None for grad in grads):
             return (None,) * (2 + 2 * len(grads))
-        now = joint.versions()
-        if now != ctx.versions and any(
-            grad is not None and now[first : first + 4] != ctx.versions[first : first + 4]
-            for first, grad in zip(count(0, 4), grads, strict=False)
-        ):
+        pairs = zip(grads, joint.versions(), ctx.versions, strict=True)
+        if any(grad is not None and now != then for grad, now, then in pairs):
             raise RuntimeError(
                 "a weight, gain or singular vector of sigma-Reparam was changed in place between forward and backward; "
                 "step the optimizer after the backward."

@@ -24,8 +24,8 @@ def relative_inverse(x: Tensor, mask: Tensor | None, epsilon: float) -> Tensor:
 
 def add_gradient(
     grad: Tensor | None, sources: Sequence[Tensor], activation: str, mask: Tensor | None, inverse: Tensor | None,
-    fixed: float, strength: Tensor, share: float,
+    fixed: float, strength: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """``grad + strength * share * x / (1 + x^2 inverse)^2``, through the activation; arguments as ``reduction.add``."""
+    """``grad + strength * x / (1 + x^2 inverse)^2``, through the activation; arguments as ``reduction.add``."""
     reduction.check(grad, *sources)
-    return reduction.add(grad, sources, activation, mask, strength, "density", share, inverse=inverse, fixed=fixed)
+    return reduction.add(grad, sources, activation, mask, strength, "density", inverse=inverse, fixed=fixed)

@@ -15,8 +15,8 @@ def means(x: Tensor, mask: Tensor | None, floor: float | None, square: bool) -> 
 
 def add_gradient(
     grad: Tensor | None, sources: Sequence[Tensor], activation: str, mask: Tensor | None, floor: float | None,
-    strength: Tensor, share: float,
+    strength: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """``grad + strength * share * sign(x)``, through the activation; arguments as ``reduction.add``."""
+    """``grad + strength * sign(x)``, through the activation; arguments as ``reduction.add``."""
     reduction.check(grad, *sources)
-    return reduction.add(grad, sources, activation, mask, strength, "l1", share, floor=floor)
+    return reduction.add(grad, sources, activation, mask, strength, "l1", floor=floor)

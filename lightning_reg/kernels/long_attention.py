@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_reg.kernels.launching import ALIGNED, DESCRIPTOR, INTERPRETED, MOST_PLANS, TENSOR, Launch, Layout, layout
+from lightning_reg.kernels.launching import ALIGNED, INTERPRETED, MOST_PLANS, TENSOR, Launch, Layout, layout
 from lightning_reg.kernels.operators import Unsupported
 
 try:  # from Triton 3.4
@@ -255,10 +255,7 @@ def _tile_arguments(tiles: tuple[Layout | None, ...], described: bool) -> list[A
     """Tensors with the strides of three axes each, which a descriptor knows itself."""
     found: list[Any] = []
     for tile in tiles:
-        if tile is None:
-            found += (None, 0, 0, 0)
-        else:
-            found += (DESCRIPTOR, 0, 0, 0) if described else (TENSOR, *tile[2][:3])
+        found += (None, 0, 0, 0) if tile is None else (TENSOR, *((0, 0, 0) if described else tile[2][:3]))
     return found
 
 

@@ -94,8 +94,8 @@ def _sums(
 
 def add(
     grad: Tensor | None, sources: Sequence[Tensor], activation: str, mask: Tensor | None, strength: Tensor,
-    quantity: str, share: float = 1.0, *, inverse: Tensor | None = None, fixed: float = 0.0,
-    floor: float | None = None, unit: Tensor | None = None, ratio: Tensor | None = None,
+    quantity: str, *, inverse: Tensor | None = None, fixed: float = 0.0, floor: float | None = None,
+    unit: Tensor | None = None, ratio: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """``grad`` plus the penalty's gradient, taken through the activation function.
 
@@ -106,7 +106,6 @@ def add(
         mask: Valid tokens (..., 1), True = valid.
         strength: Factor on the slope, a scalar; one for each token for "hoyer".
         quantity: "density", "l1" or "hoyer".
-        share: Another factor on the slope.
         inverse: 1 / epsilon as a scalar tensor; ``fixed`` where it is None.
         fixed: 1 / epsilon.
         floor: Measure how far x stands above it.
@@ -123,8 +122,7 @@ def add(
         grad = None if grad is None else grad.contiguous()
         launch = _additions(
             x.device, None if grad is None else grad.dtype, x.dtype, sources[-1].dtype, strength.dtype, x.shape,
-            len(sources) > 1, tuple(tensor is not None for tensor in given), activation, quantity, share, fixed,
-            floor,
+            len(sources) > 1, tuple(tensor is not None for tensor in given), activation, quantity, fixed, floor,
         )  # fmt: skip
         launch(*_given(grad, x, sources[-1], *given), outputs[0], outputs[-1])
     return outputs
@@ -133,15 +131,15 @@ def add(
 @lru_cache(MOST_PLANS)
 def _additions(
     device: torch.device, grad: torch.dtype | None, dtype: torch.dtype, up: torch.dtype, strength: torch.dtype,
-    shape: torch.Size, gated: bool, given: tuple[bool, ...], activation: str, quantity: str, share: float,
-    fixed: float, floor: float | None,
+    shape: torch.Size, gated: bool, given: tuple[bool, ...], activation: str, quantity: str, fixed: float,
+    floor: float | None,
 ) -> Launch:  # fmt: skip
     masked, _, scaled, *_ = given
     rows, width, tile = _layout(shape, masked or quantity == "hoyer", ADD_TILE)
     return Launch(
         _add_kernel, (triton.cdiv(rows, tile[0]) * triton.cdiv(width, tile[1]),),
         None if grad is None else TENSOR, TENSOR, TENSOR, *(TENSOR if there else None for there in given), TENSOR,
-        TENSOR, rows, width, share, fixed, 0.0 if floor is None else floor, QUANTITY=quantity, ACTIVATION=activation,
+        TENSOR, rows, width, fixed, 0.0 if floor is None else floor, QUANTITY=quantity, ACTIVATION=activation,
         GATED=gated, GRAD=grad is not None, MASKED=masked, SCALED=scaled, FLOOR=floor is not None, ROWS=tile[0],
         COLUMNS=tile[1], num_warps=ADD_WARPS,
     )  # fmt: skip
@@ -262,9 +260,8 @@ def _activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _add_kernel(
     grad_ptr, source_ptr, up_ptr, mask_ptr, strength_ptr, inverse_ptr, unit_ptr, ratio_ptr, out_ptr, up_out_ptr, rows,
-    width, share, fixed, floor, QUANTITY: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    GRAD: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    width, fixed, floor, QUANTITY: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, GRAD: tl.constexpr,
+    MASKED: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row_numbers, start, offsets, inside = _tile(_backwards(), rows, width, ROWS, COLUMNS)
     source = tl.load(source_ptr + start + offsets, inside, 0.0).to(tl.float32)
@@ -280,9 +277,9 @@ def _add_kernel(
     sign = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))  # of NaN NaN, of 0 0
     if QUANTITY == "density":
         zero = _reciprocal(1.0 + x * (tl.load(inverse_ptr) if SCALED else fixed) * x)
-        pull = tl.load(strength_ptr) * share * (x * zero * zero)
+        pull = tl.load(strength_ptr) * (x * zero * zero)
     elif QUANTITY == "l1":
-        pull = tl.load(strength_ptr) * share * sign
+        pull = tl.load(strength_ptr) * sign
     else:
         within = row_numbers < rows
         unit = tl.load(unit_ptr + row_numbers, within, 1.0)[:, None]

@@ -294,7 +294,7 @@ class Together:
             self.scale(self.table, self.scaling, sums, *_padded(outputs))
         return outputs, sums
 
-    def gradients(self, grads: Sequence[Tensor], sums: Tensor) -> tuple[list[Tensor], Sequence[Tensor]]:
+    def gradients(self, grads: Sequence[Tensor], sums: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of weights and of gains, in their dtypes, from those of the weights in use."""
         grads = [grad.contiguous() for grad in grads]
         for_weights = [torch.empty_like(weight) for weight in self.weights]
@@ -303,8 +303,13 @@ class Together:
         with on_device(self.table):
             self.inner(self.table, self.summing, partials, *_padded(grads))
             self.gradient(self.table, self.scaling, partials, sums, for_gains, *_padded(grads), *_padded(for_weights))
-        # pieces of the same memory, which do not know of each other as views would
-        return for_weights, torch.unsafe_split_with_sizes(for_gains, self.parts)
+        return for_weights, _pieces(for_gains, self.parts)
+
+
+def _pieces(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Consecutive pieces in the same memory, which do not know of each other as views would."""
+    storage, starts = tensor.untyped_storage(), _starts(sizes)
+    return [tensor.new_empty(0).set_(storage, start, (size,), (1,)) for start, size in zip(starts, sizes, strict=True)]
 
 
 def _padded(tensors: list[Tensor]) -> list[Tensor]:

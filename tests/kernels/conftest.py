@@ -1,4 +1,7 @@
-"""Kernels run on the GPU where there is one, otherwise in Triton's interpreter."""
+"""Kernels run on the GPU where there is one, otherwise in Triton's interpreter.
+
+With `pytest -n 8 --dist loadgroup` the tests that fill a GPU's memory run one after the other.
+"""
 
 from collections.abc import Iterator
 

@@ -458,6 +458,7 @@ def test_evaluation_without_gradient(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("tap", TAPS)
 def test_more_than_two_billion_elements(tap: str, masked: bool) -> None:

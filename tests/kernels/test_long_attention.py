@@ -363,6 +363,7 @@ def test_offsets_beyond_two_to_the_31(layout: str, axis: str, device: str) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements() -> None:
     rows = 2**25 + 70
     query, key = (torch.randn(1, 1, rows, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))

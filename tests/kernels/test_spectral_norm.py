@@ -351,6 +351,7 @@ def test_compiled_without_graph_breaks(autocast: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements() -> None:
     shape, chosen = (3, 70_000, 10_300), (2, 69_999)
     weight = torch.empty(shape[0] * shape[1], shape[2], device="cuda", dtype=torch.bfloat16).normal_()
