@@ -512,6 +512,16 @@ def test_a_change_in_place_before_the_backward_is_refused(of: str, device: str) 
         loss.backward()
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["together", "alone"])
+def test_an_update_between_forward_and_backward_is_refused(joined: bool, device: str) -> None:
+    model, x = reparametrized(device), batch(device)
+    loss = model.blocks[0](x).sum() if joined else model.head(x).sum()
+    update_sigma_reparam(model)
+    with pytest.raises(RuntimeError, match=r"changed in place|inplace operation"):
+        loss.backward()
+    model(x).sum().backward()  # and the next step goes on
+
+
 def test_weights_that_move_are_found_or_left_alone(device: str, joints: list[int]) -> None:
     model, x = reparametrized(device), batch(device)
     wanted = alone(lambda: gradients(model, lambda: model(x).square().sum()))
