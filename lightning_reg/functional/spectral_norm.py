@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from lightning_reg.functional._fusing import saving_is_hooked
 from lightning_reg.kernels import operators
@@ -218,8 +217,6 @@ class _WholeStep:
         if self.reduce is not None:
             self.reduce(self.flat)
         self._launch(1, self._normalise)
-        if self.kernels:
-            increment_version(self.outputs)  # torch does not know that a kernel wrote: a backward must not take them
 
     def _products(self) -> None:
         for matrix, v, y, z in zip(self.matrices, self.inputs, self.left, self.right, strict=True):

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.library import triton_op, wrap_triton
 
 from lightning_reg.kernels.launching import TENSOR, Launch
@@ -507,6 +508,7 @@ class Normalise:
         """Normalise all."""
         with on_device(self.flat):
             self.launch(self.table, self.flat)
+        increment_version(self.outputs)  # which torch does not see: no backward is to take them for older ones
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

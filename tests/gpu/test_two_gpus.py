@@ -53,7 +53,7 @@ def results(group: str) -> dict[str, Any]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, two_gpus.__file__, group, str(folder())],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=420,
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     file = folder() / f"{group}.pt"
     assert file.exists(), done.stderr[-3000:]
@@ -75,7 +75,7 @@ def cases(group: str) -> list[str]:
 
 
 def within(group: str, *values: Any) -> Any:
-    """A set of parameters whose tests share the one run of a group: they go to one process of pytest."""
+    """Parameters of a test that reads the one run of a group, as all of that group do in one process of pytest."""
     return pytest.param(*values, marks=pytest.mark.xdist_group(group))
 
 
